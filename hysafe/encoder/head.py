@@ -1,0 +1,105 @@
+"""Heads that lift backbone features onto the space: linear, learned scale, exponential map."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hysafe.errors import ConfigError
+from hysafe.geometry import BoundedScalar, get_space
+
+__all__ = ["LorentzHead", "NodeHead", "Normalize"]
+
+Normalize = Literal["layer", "unit", "none"]
+
+# Largest r * |tangent|: beyond 11 float32 coordinates no longer resolve the space.
+MAX_TANGENT = 8.0
+# Geodesic radii of domains, categories, concepts at the start: half-apertures about 60, 34, 17
+# degrees at c = 1 with K = 0.1.
+DEPTH_RADII = (0.23, 0.35, 0.63)
+RADIUS_BOUNDS = (0.1, 4.0)
+
+
+class LorentzHead(nn.Module):
+    """Features [B, E] -> space components [B, D].
+
+    Args:
+        in_features: E.
+        dim: D.
+        normalize: features before the linear map: layer norm without parameters, unit norm (CLIP
+            features) or none.
+        linear: a learned linear map; identity (E must equal D) when false, as in the untrained
+            lift.
+        scale: starting value of the learned scale alpha, 1/sqrt(D) by default (MERU).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        dim: int,
+        *,
+        normalize: Normalize = "layer",
+        linear: bool = True,
+        scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        if not linear and in_features != dim:
+            raise ConfigError(f"a head without linear map needs E == D, got {in_features}, {dim}.")
+        self.normalize: Normalize = normalize
+        self.linear = nn.Linear(in_features, dim, bias=False) if linear else nn.Identity()
+        start = scale if scale is not None else 1 / math.sqrt(dim)
+        self.scale = BoundedScalar(start, start / 30, start * 30)
+
+    def tangent(self, features: Tensor) -> Tensor:
+        """Tangent vectors at the origin [B, D], float32, outside autocast."""
+        with torch.autocast(features.device.type, enabled=False):
+            x = features.float()
+            if self.normalize == "layer":
+                x = F.layer_norm(x, x.shape[-1:])
+            elif self.normalize == "unit":
+                x = F.normalize(x, dim=-1)
+            return self.linear(x) * self.scale()  # type: ignore[no-any-return]
+
+    def forward(self, features: Tensor, c: Tensor, space: str = "lorentz") -> Tensor:
+        """Space components [B, D]."""
+        with torch.autocast(features.device.type, enabled=False):
+            v = self.tangent(features)
+            limit = MAX_TANGENT / c.detach().sqrt()
+            norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+            v = v * torch.clamp(limit / norm.clamp_min(1e-12), max=1.0)
+            return get_space(space).exp_map0(v, c)
+
+
+class NodeHead(LorentzHead):
+    """Places taxonomy nodes: the direction comes from text, the radius from the depth.
+
+    All nodes of one depth share one learned radius and so one aperture; a node that a policy adds
+    as text gets the cone of its depth without training.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        dim: int,
+        *,
+        normalize: Normalize = "layer",
+        linear: bool = True,
+        radii: tuple[float, ...] = DEPTH_RADII,
+    ) -> None:
+        super().__init__(in_features, dim, normalize=normalize, linear=linear)
+        self.radii = nn.ModuleList(BoundedScalar(r, *RADIUS_BOUNDS) for r in radii)
+
+    def place(self, features: Tensor, depth: Tensor, c: Tensor, space: str = "lorentz") -> Tensor:
+        """Space components [N, D] of nodes with mean phrase features [N, E] and depth [N] >= 1.
+
+        Nodes deeper than the head knows take the deepest radius.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            table = torch.stack([r() for r in self.radii])
+            radius = table[(depth - 1).clamp(0, len(self.radii) - 1)]
+            direction = F.normalize(self.tangent(features), dim=-1)
+            return get_space(space).exp_map0(direction * radius[:, None], c)

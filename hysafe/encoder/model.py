@@ -1,0 +1,234 @@
+"""HyperbolicEncoder: towers, one head per modality, one space."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hysafe.encoder.head import DEPTH_RADII, LorentzHead, NodeHead, Normalize
+from hysafe.encoder.towers import Towers
+from hysafe.errors import ModelError
+from hysafe.geometry import BoundedScalar, Curvature, Points
+
+__all__ = ["PREPROCESSING_VERSION", "HyperbolicEncoder"]
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+# Part of every model's hash: raise it when the pixels a tower sees change.
+PREPROCESSING_VERSION = 1
+# CLIP's temperature 0.07 and the bound of 0.01, as a factor on negative distances.
+LOGIT_SCALE = (1 / 0.07, 1.0, 100.0)
+
+
+class HyperbolicEncoder(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="hysafe",
+    license="apache-2.0",
+    tags=["content-safety", "hyperbolic"],
+):
+    """Puts images, texts and taxonomy nodes on one hyperboloid.
+
+    Args:
+        architecture: of the towers, see :mod:`hysafe.encoder.towers`.
+        dim: D, dimension of the space.
+        space: ``lorentz`` or ``euclidean`` (the control: same towers, heads and data, flat space).
+        curvature: starting c; learned within a factor of ten unless `learn_curvature` is false.
+        normalize: features before each head: layer, unit or none.
+        linear_heads: false for the untrained lift (D must equal the towers' width).
+        instance_radius: starting geodesic radius of items, where heads normalise to unit length.
+        load_pretrained: read the weights that the architecture names.
+    """
+
+    def __init__(
+        self,
+        architecture: dict[str, Any],
+        dim: int = 128,
+        space: str = "lorentz",
+        curvature: float = 1.0,
+        learn_curvature: bool = True,
+        normalize: Normalize = "layer",
+        linear_heads: bool = True,
+        instance_radius: float | None = None,
+        load_pretrained: bool = True,
+    ) -> None:
+        super().__init__()
+        self.config = {
+            "architecture": dict(architecture),
+            "dim": dim,
+            "space": space,
+            "curvature": curvature,
+            "learn_curvature": learn_curvature,
+            "normalize": normalize,
+            "linear_heads": linear_heads,
+            "instance_radius": instance_radius,
+        }
+        self.towers = Towers(architecture, load_pretrained=load_pretrained)
+        width = self.towers.embed_dim
+        dim = width if not linear_heads else dim
+        self.dim, self.space = dim, space
+        self.curvature = Curvature(curvature, learnable=learn_curvature)
+        self.logit_scale = BoundedScalar(*LOGIT_SCALE)
+        self.heads = nn.ModuleDict(
+            {
+                name: LorentzHead(
+                    width, dim, normalize=normalize, linear=linear_heads, scale=instance_radius
+                )
+                for name in ("image", "text")
+            }
+        )
+        self.node_head = NodeHead(
+            width, dim, normalize=normalize, linear=linear_heads, radii=DEPTH_RADII
+        )
+
+    # ------------------------------------------------------------ points
+
+    def lift(self, modality: str, features: Tensor) -> Points:
+        """Features [B, E] of ``image`` or ``text`` -> points."""
+        c = self.curvature()
+        return Points(self.heads[modality](features, c, self.space), c, self.space)
+
+    def encode_image(self, pixels: Tensor) -> Points:
+        """Pixels [B, 3, S, S] in [0, 255] -> points."""
+        return self.lift("image", self.towers.encode_image(pixels))
+
+    def encode_tokens(self, tokens: Tensor) -> Points:
+        """Token ids [B, T] -> points."""
+        return self.lift("text", self.towers.encode_text(tokens))
+
+    def place_nodes(self, features: Tensor, depth: Tensor) -> Points:
+        """Mean phrase features [N, E] and depths [N] -> apexes of the nodes' cones."""
+        c = self.curvature()
+        return Points(self.node_head.place(features, depth, c, self.space), c, self.space)
+
+    @torch.inference_mode()
+    def text_features(self, texts: Sequence[str], *, batch_size: int = 128) -> Tensor:
+        """Features [len(texts), E] of texts, encoded in buckets of like length, in input order."""
+        if not texts:
+            return torch.empty(0, self.towers.embed_dim)
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        out: Tensor | None = None
+        for chunk in _chunks(order, batch_size):
+            tokens = self.towers.tokenize([texts[i] for i in chunk]).to(self.device)
+            features = self.towers.encode_text(tokens).float()
+            if out is None:
+                out = torch.empty(len(texts), features.shape[-1], device=features.device)
+            out[torch.tensor(chunk, device=out.device)] = features
+        assert out is not None
+        return out
+
+    @torch.inference_mode()
+    def node_features(self, phrases: Sequence[Sequence[str]], *, batch_size: int = 128) -> Tensor:
+        """Mean feature [N, E] of each node's phrases (name, definition, synonyms)."""
+        flat = [p for bank in phrases for p in bank]
+        features = self.text_features(flat, batch_size=batch_size)
+        means, start = [], 0
+        for bank in phrases:
+            means.append(features[start : start + len(bank)].mean(0))
+            start += len(bank)
+        return torch.stack(means)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def image_size(self) -> int:
+        return self.towers.image_size
+
+    # ------------------------------------------------------------ identity, saving, loading
+
+    def hash(self) -> str:
+        """First 16 hex digits of the sha256 of config, own weights and preprocessing version."""
+        digest = hashlib.sha256()
+        header = {"config": self.config, "preprocessing": PREPROCESSING_VERSION}
+        digest.update(json.dumps(header, sort_keys=True).encode())
+        for key, value in sorted(self._own_state().items()):
+            digest.update(key.encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _own_state(self) -> dict[str, Tensor]:
+        state = {k: v for k, v in self.state_dict().items() if not k.startswith("towers.")}
+        state.update({f"towers.{k}": v for k, v in self.towers.own_state().items()})
+        # scalars have no byte view; keep every entry at least 1-d
+        return {k: v.reshape(1) if v.ndim == 0 else v for k, v in state.items()}
+
+    def save_directory(self, path: str | Path, *, image_dtype: torch.dtype | None = None) -> None:
+        """Write config.json and model.safetensors.
+
+        Args:
+            path: folder, made if missing.
+            image_dtype: store the image tower's convolutions and matrices in this dtype (bf16
+                halves the file); read back as float32. Norm statistics stay float32.
+        """
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        state = {}
+        for key, value in self._own_state().items():
+            value = value.detach().cpu().contiguous()
+            if image_dtype and key.startswith("towers.model.visual") and value.ndim >= 2:
+                value = value.to(image_dtype)
+            state[key] = value.clone()
+        save_file(state, path / WEIGHTS, metadata={"format": "pt"})
+        (path / CONFIG).write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n")
+
+    @classmethod
+    def load_directory(cls, path: str | Path) -> HyperbolicEncoder:
+        """Read a directory written by :meth:`save_directory` (or downloaded from the hub).
+
+        Raises:
+            ModelError: a file is missing or does not fit.
+        """
+        path = Path(path)
+        for name in (CONFIG, WEIGHTS):
+            if not (path / name).is_file():
+                raise ModelError(f"{path}: no {name}. A hysafe model folder holds {CONFIG}, {WEIGHTS}.")
+        try:
+            config = json.loads((path / CONFIG).read_text("utf-8"))
+            model = cls(**config, load_pretrained=False)
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            raise ModelError(f"{path / CONFIG}: not a hysafe config ({error}).") from error
+        try:
+            state = load_file(path / WEIGHTS)
+        except Exception as error:  # safetensors raises its own type
+            raise ModelError(f"{path / WEIGHTS}: not readable as safetensors ({error}).") from error
+        own = model._own_state()
+        missing, extra = set(own) - set(state), set(state) - set(own)
+        if missing or extra:
+            raise ModelError(
+                f"{path}: weights do not fit the config; missing {sorted(missing)[:3]}, unexpected "
+                f"{sorted(extra)[:3]}. Was the folder copied whole?"
+            )
+        target = model.state_dict()
+        fitted = {k: v.reshape(target[k].shape).to(target[k].dtype) for k, v in state.items()}
+        model.load_state_dict(fitted, strict=False)
+        return model.eval()
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.save_directory(save_directory)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> HyperbolicEncoder:  # type: ignore[override]
+        if Path(model_id).is_dir():
+            return cls.load_directory(model_id)
+        from huggingface_hub import snapshot_download
+
+        keys = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+        kwargs = {k: options[k] for k in keys if options.get(k) is not None}
+        folder = snapshot_download(
+            model_id, allow_patterns=["*.json", "*.safetensors", "*.md", "*.yaml"], **kwargs
+        )
+        return cls.load_directory(folder)
+
+
+def _chunks(items: Sequence[int], size: int) -> Iterable[list[int]]:
+    for start in range(0, len(items), size):
+        yield list(items[start : start + size])

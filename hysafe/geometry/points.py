@@ -1,0 +1,71 @@
+"""Points: a batch of points of one space, the object every stage after the encoder works on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hysafe.errors import ShapeError
+from hysafe.geometry.space import Space, get_space
+
+__all__ = ["Points"]
+
+
+@dataclass(frozen=True)
+class Points:
+    """Space components with their curvature.
+
+    Args:
+        space: [B, D], float32 or float64.
+        c: curvature magnitude, a float or scalar tensor > 0.
+        geometry: ``lorentz`` or ``euclidean`` (the control; c is then ignored).
+    """
+
+    space: Tensor
+    c: Tensor | float
+    geometry: str = "lorentz"
+
+    def __post_init__(self) -> None:
+        if self.space.ndim != 2:
+            raise ShapeError(
+                f"Points.space expected [B, D], got {tuple(self.space.shape)}. "
+                "Add a batch axis: x[None]."
+            )
+        if self.space.dtype not in (torch.float32, torch.float64):
+            raise ShapeError(
+                f"Points.space expected float32 or float64, got {self.space.dtype}. "
+                "Leave autocast and call .float() before the lift."
+            )
+
+    @classmethod
+    def from_tangent(cls, v: Tensor, c: Tensor | float, geometry: str = "lorentz") -> Points:
+        """Points from tangent vectors at the origin [B, D]."""
+        return cls(get_space(geometry).exp_map0(v, c), c, geometry)
+
+    @property
+    def functions(self) -> Space:
+        return get_space(self.geometry)
+
+    def __len__(self) -> int:
+        return self.space.shape[0]
+
+    def __getitem__(self, index: slice | Tensor | list[int]) -> Points:
+        return Points(self.space[index], self.c, self.geometry)
+
+    def tangent(self) -> Tensor:
+        """Tangent vectors at the origin [B, D]: what collections store."""
+        return self.functions.log_map0(self.space, self.c)
+
+    def radius(self) -> Tensor:
+        """Geodesic distances to the origin [B]."""
+        return self.functions.dist0(self.space, self.c)
+
+    def dist(self, other: Points) -> Tensor:
+        """All geodesic distances [B1, B2]."""
+        return self.functions.pairwise_dist(self.space, other.space, self.c)
+
+    def margin(self, apexes: Points, *, eta: float = 1.0) -> Tensor:
+        """Cone margins of these points to the apexes, [B, N] radians, > 0 inside."""
+        return self.functions.pairwise_margin(apexes.space, self.space, self.c, eta=eta)
