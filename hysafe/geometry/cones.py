@@ -16,7 +16,14 @@ from torch import Tensor
 
 from hysafe.errors import ShapeError
 from hysafe.geometry import lorentz
-from hysafe.geometry.numerics import curvature_like, in_working_precision, safe_norm
+from hysafe.geometry.numerics import (
+    REFINE_ELEMENTS,
+    curvature_like,
+    in_working_precision,
+    output_dtype,
+    refine,
+    safe_norm,
+)
 
 __all__ = [
     "MIN_RADIUS",
@@ -31,11 +38,18 @@ __all__ = [
 # K of Ganea et al. 2018 and MERU: apexes with r|x| <= 2K have the widest cone, a half space.
 MIN_RADIUS = 0.1
 
-# Rows per chunk of the inference kernel are chosen so that chunk and products stay near the cache.
-CHUNK_ELEMENTS = 1 << 19
-# The kernel's acos form cancels where cosh(rd)-1 is below this share of cosh(rho_x)cosh(rho_y), or
-# on the axis of the cone; those pairs are redone by the stable form.
-KERNEL_NEAR = 2e-3
+# Elements per chunk of the inference kernel after its product: 8 MiB of float32. Smaller chunks
+# stay in a nearer cache and win 1 % on an idle machine, but lose where another job holds a core.
+CHUNK_ELEMENTS = 1 << 21
+# A float32 product of 512 terms is off by up to 5e-7 of |x||y| (measured), and the angle at x by at
+# most 6 * 5e-7 / sin²(theta), theta being the angle at the origin: below this sin²(theta) a pair
+# is redone.
+AXIS_SINE2 = 0.1
+# Redone pairs nearer than this, as sinh(rd) / sinh(r radius(y)), take the float64 form: the float32
+# residual is off by 1e-6 of |y|, the angle by that over this.
+NEAR_SHARE = 0.02
+# With more than this share of a chunk to be redone, a float64 product is cheaper than pair by pair.
+DENSE_SHARE = 1 / 16
 
 
 @in_working_precision
@@ -56,11 +70,11 @@ def half_aperture(x: Tensor, c: Tensor | float, min_radius: float = MIN_RADIUS) 
     Source: Ganea et al. 2018, eq. 26, in Lorentz coordinates as in Desai et al. 2023.
     """
     n = curvature_like(c, x).sqrt() * safe_norm(x)
-    open_cone = n > 2 * min_radius
-    safe = torch.where(open_cone, n, torch.full_like(n, 4 * min_radius))
+    saturated = n <= 2 * min_radius
+    safe = torch.where(saturated, torch.full_like(n, 2 * min_radius + 1), n)
     other = ((safe - 2 * min_radius) * (safe + 2 * min_radius)).sqrt()
     angle = torch.atan2(torch.full_like(other, 2 * min_radius), other)
-    return torch.where(open_cone, angle, torch.full_like(angle, math.pi / 2))
+    return torch.where(saturated, torch.full_like(angle, math.pi / 2), angle)
 
 
 @in_working_precision
@@ -80,32 +94,13 @@ def exterior_angle(x: Tensor, y: Tensor, c: Tensor | float) -> Tensor:
     return _exterior_angle(x, y, curvature_like(c, x))
 
 
-@in_working_precision
 def pairwise_exterior_angle(x: Tensor, y: Tensor, c: Tensor | float) -> Tensor:
     """Exterior angle of all pairs; apexes x: [N, D], points y: [B, D] -> [N, B].
 
     One float64 product; pairs near the apex or on its axis are redone by :func:`exterior_angle`.
     """
     lorentz.check_pair(x, y)
-    c = curvature_like(c, x)
-    r = c.sqrt()
-    nx = safe_norm(x)
-    sinh_x, cosh_x = r * nx, (1 + c * nx.square()).sqrt()
-    y_square = c * y.square().sum(-1)
-    cosh_y = (1 + y_square).sqrt()
-    unit = x / torch.where(nx > 0, nx, torch.ones_like(nx))[:, None]
-    along = r * (unit @ y.T)  # [N, B]
-    across2 = y_square[None, :] - along.square()
-    forward = cosh_x[:, None] * along - sinh_x[:, None] * cosh_y[None, :]
-    tolerance = lorentz.PAIR_TOLERANCE[torch.float64]
-    with torch.no_grad():
-        bad = across2 <= tolerance * y_square[None, :]
-        size = sinh_x[:, None] * cosh_y[None, :]
-        bad |= across2 + forward.square() <= (tolerance * size).square()
-        bad |= (nx == 0)[:, None]
-    across = torch.where(bad, torch.ones_like(across2), across2).sqrt()
-    result = torch.atan2(across, torch.where(bad, torch.ones_like(forward), forward))
-    return lorentz.refine(result, bad, x, y, lambda a, b: _exterior_angle(a, b, c))
+    return _pairwise_exterior_angle(x, y, c, lorentz.PAIR_TOLERANCE[output_dtype(x, y)])
 
 
 def margin(
@@ -149,38 +144,50 @@ def pairwise_margin(
         c: curvature magnitude, > 0.
         eta: aperture factor.
         min_radius: K of :func:`half_aperture`.
-        out: optional [B, N] tensor to write into (inference only).
+        out: optional [B, N] tensor of the result's dtype to write into (inference only; fresh
+            memory costs as much as the angles do).
 
     Returns:
         Margins [B, N] in radians, > 0 inside. Where a gradient is wanted, or for float64 input,
-        the exact functions above are used; else one float32 product a chunk, finished in place,
-        with the pairs where that form cancels redone in float64.
+        the exact functions above are used; else one float32 product, finished in place a chunk at
+        a time, with the pairs where that form cancels redone. Within 1e-4 rad of :func:`margin`.
+
+    Raises:
+        ShapeError: apex, points or `out` do not fit, or `out` is given where a gradient is wanted.
     """
     lorentz.check_pair(apex, points)
+    curvature_like(c, points)  # refuses numbers that are not > 0
+    dtype = output_dtype(apex, points)
+    size = (points.shape[0], apex.shape[0])
     grad = torch.is_grad_enabled() and any(
         isinstance(t, Tensor) and t.requires_grad for t in (apex, points, c)
     )
-    if grad or apex.dtype == torch.float64 or points.dtype == torch.float64:
-        angle = pairwise_exterior_angle(apex, points, c).T
-        result = eta * half_aperture(apex, c, min_radius)[None, :] - angle
-        return result if out is None else out.copy_(result)
-    with torch.no_grad():
-        apex, points = apex.float(), points.float()
-        size = (points.shape[0], apex.shape[0])
+    if out is not None and (grad or tuple(out.shape) != size or out.dtype != dtype):
+        raise ShapeError(
+            f"out expected {dtype} {size} and no gradient, got {out.dtype} {tuple(out.shape)}"
+            f"{' and a gradient. Call it under torch.no_grad()' if grad else ''}."
+        )
+    if grad:
+        aperture = eta * half_aperture(apex, c, min_radius)
+        return aperture - pairwise_exterior_angle(apex, points, c).T
+    with torch.no_grad(), torch.autocast(points.device.type, enabled=False):
         if out is None:
-            out = torch.empty(size, device=points.device)
-        elif tuple(out.shape) != size or out.dtype != torch.float32:
-            raise ShapeError(f"out expected float32 {size}, got {out.dtype} {tuple(out.shape)}.")
-        _margin_kernel(apex, points, float(c), eta, min_radius, out)
+            out = torch.empty(size, dtype=dtype, device=points.device)
+        if 0 in size:
+            return out
+        if dtype == torch.float64:
+            aperture = eta * half_aperture(apex, c, min_radius)
+            rows = max(1, CHUNK_ELEMENTS // size[1])
+            for y, b in zip(points.split(rows), out.split(rows), strict=True):
+                torch.sub(aperture, pairwise_exterior_angle(apex, y, c).T, out=b)
+        else:
+            _margin_kernel(apex.float(), points.float(), float(c), eta, min_radius, out)
     return out
 
 
 def _exterior_angle(x: Tensor, y: Tensor, c: Tensor) -> Tensor:
-    p = lorentz.polar(x, y, c)
-    sin_half = torch.sin(p.theta / 2)
-    forward = p.sinh_gap - 2 * p.cosh_x * p.sinh_y * sin_half.square()
-    across = p.sinh_y * torch.sin(p.theta)
-    at_origin = p.sinh_x == 0
+    forward, across = lorentz.legs(x, y, c)
+    at_origin = (x == 0).all(-1) & ~across.isnan()
     same = (forward == 0) & (across == 0)
     undefined = at_origin | same
     angle = torch.atan2(
@@ -191,48 +198,104 @@ def _exterior_angle(x: Tensor, y: Tensor, c: Tensor) -> Tensor:
     return torch.where(at_origin & ~same, half_pi, angle)
 
 
+@in_working_precision
+def _pairwise_exterior_angle(x: Tensor, y: Tensor, c: Tensor | float, tolerance: float) -> Tensor:
+    c = curvature_like(c, x)
+    r = c.sqrt()
+    norm_x = safe_norm(x)
+    sinh_x = (r * norm_x)[:, None]
+    cosh_x = (1 + sinh_x.square()).sqrt()
+    sinh_y = r * safe_norm(y)
+    cosh_y = (1 + sinh_y.square()).sqrt()
+    along = r * (lorentz.unit(x, norm_x) @ y.T)  # [N, B]
+    across2 = sinh_y.square() - along.square()
+    forward = cosh_x * along - sinh_x * cosh_y
+    with torch.no_grad():
+        size = sinh_x * cosh_y + cosh_x * sinh_y
+        good = across2 > tolerance * sinh_y.square()
+        good &= across2 + forward.square() > (tolerance * size).square()
+        bad = ~good | (sinh_x == 0)
+    across = torch.where(bad, torch.ones_like(across2), across2).sqrt()
+    angle = torch.atan2(across, torch.where(bad, torch.ones_like(forward), forward))
+    return refine(angle, bad, x, y, lambda a, b: _exterior_angle(a, b, c))
+
+
 def _margin_kernel(
     apex: Tensor, points: Tensor, c: float, eta: float, min_radius: float, out: Tensor
 ) -> None:
-    """cos(phi) = (y_t' + b x_t') / (|x|' sqrt(b² - 1)), b = c<x, y>, primes: times r."""
+    """atan2 of the legs over cosh_x, from the float32 product b = r u·y (u the axis, [N, D])."""
     root = math.sqrt(c)
-    scaled_apex = apex * c  # [N, D]
-    weight = scaled_apex.T.contiguous()
-    norm_x = root * torch.linalg.vector_norm(apex, dim=-1)  # sinh(rho_x)
-    cosh_x = (1 + norm_x.square()).sqrt()
+    exact = apex.double()
+    norm = safe_norm(exact)
+    sinh_x = root * norm
+    cosh_x = (1 + sinh_x.square()).sqrt()
+    axis = lorentz.unit(exact, norm).float()
     aperture = eta * half_aperture(apex, c, min_radius)
-    n = max(1, apex.shape[0])
-    rows = max(256, min(16_384, CHUNK_ELEMENTS // n))
-    scratch = torch.empty((min(rows, points.shape[0]), apex.shape[0]), device=points.device)
-    # cos = (cosh_y - cosh_x * cosh_d) / (sinh_x * sinh_d)
-    inverse_norm = 1 / norm_x.clamp_min(tiny_float32())
-    slope = (-cosh_x * inverse_norm).contiguous()
-    for start in range(0, points.shape[0], rows):
-        y = points[start : start + rows]
-        b = out[start : start + y.shape[0]]
-        s = scratch[: y.shape[0]]
-        cosh_y = (1 + c * torch.linalg.vector_norm(y, dim=-1).square()).sqrt()[:, None]
-        torch.mm(y, weight, out=b)
-        torch.mul(cosh_y, cosh_x, out=s)
-        torch.sub(s, b, out=b)  # cosh(rd)
-        # near pairs: cosh(rd) - 1 lost its digits
-        close = b < s.mul_(KERNEL_NEAR).add_(1)
-        torch.mul(b, b, out=s)
-        s.sub_(1).clamp_min_(tiny_float32()).rsqrt_()  # 1 / sinh(rd)
-        b.mul_(slope).addcmul_(cosh_y, inverse_norm).mul_(s)
-        b.clamp_(-1, 1)
-        torch.abs(b, out=s)
-        close |= s > AXIS_COSINE
-        b.acos_().neg_().add_(aperture)
-        if bool(close.any()):
-            i, j = close.nonzero(as_tuple=True)
-            for ii, jj in zip(i.split(65_536), j.split(65_536), strict=True):
-                b[ii, jj] = aperture[jj] - exterior_angle(apex[jj], y[ii], c)
+    scale, slope = (1 / cosh_x).float(), (-sinh_x / cosh_x).float()
+    norm_y = torch.linalg.vector_norm(points, dim=-1, keepdim=True)
+    square_y = c * norm_y.square()  # sinh², [B, 1]
+    cosh_y = (1 + square_y).sqrt()
+    torch.mm(points, (root * axis).T, out=out)
+    rows = max(1, CHUNK_ELEMENTS // out.shape[1])
+    buffer = torch.empty_like(out[:rows])
+    for start in range(0, out.shape[0], rows):
+        chunk = slice(start, start + rows)
+        b = out[chunk]
+        s = buffer[: b.shape[0]]
+        torch.addcmul(square_y[chunk], b, b, value=-1, out=s)  # across²
+        pairs = _pairs_below(s, AXIS_SINE2 * square_y[chunk])
+        redone = None
+        if pairs is not None and pairs[0].numel() <= DENSE_SHARE * b.numel():
+            redone = _redo(apex, points[chunk], c, axis, pairs, b[pairs])
+        s.sqrt_().mul_(scale)
+        b.addcmul_(cosh_y[chunk], slope)
+        torch.atan2(s, b, out=b)
+        if redone is not None:
+            b[pairs] = redone
+        elif pairs is not None:
+            b.copy_(pairwise_exterior_angle(apex, points[chunk], c).T)
+        torch.sub(aperture, b, out=b)
 
 
-# Where |cos phi| is larger, acos in float32 has lost more than 1e-4 rad.
-AXIS_COSINE = 1 - 1e-4
+def _pairs_below(s: Tensor, limit: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(row, column) of the entries of s [B, N] not above limit [B, 1] (NaN too); None if none."""
+    rows = (~(s.amin(dim=1, keepdim=True) > limit)).squeeze(1).nonzero().squeeze(1)
+    if rows.numel() == 0:
+        return None
+    i, j = (~(s[rows] > limit[rows])).nonzero(as_tuple=True)
+    return rows[i], j
 
 
-def tiny_float32() -> float:
-    return float(torch.finfo(torch.float32).tiny)
+def _redo(
+    apex: Tensor,
+    points: Tensor,
+    c: float,
+    axis: Tensor,
+    pairs: tuple[Tensor, Tensor],
+    along: Tensor,
+) -> Tensor:
+    """Exterior angles [P] of pairs near the axis; `along` [P] is r u·y from the float32 product.
+
+    The residual p = y - (u·y)u is exact to float32 rounding of |y| (an error of u·y counts only
+    squared), and gives across = r|p| and along = sqrt(sinh_y² - across²). Pairs close to the apex
+    are redone by :func:`exterior_angle`.
+    """
+    root = math.sqrt(c)
+    sinh_x = root * safe_norm(apex.double())  # [N]
+    cosh_x = (1 + sinh_x.square()).sqrt()
+    step = max(1, REFINE_ELEMENTS // max(1, apex.shape[1]))
+    parts = []
+    for i, j, a in zip(*(t.split(step) for t in (*pairs, along)), strict=True):
+        y = points.index_select(0, i)
+        sinh_y = root * torch.linalg.vector_norm(y, dim=-1).double()
+        y.addcmul_(axis.index_select(0, j), (a / root)[:, None], value=-1)
+        across = root * torch.linalg.vector_norm(y, dim=-1).double()
+        straight = (sinh_y.square() - across.square()).clamp_min(0).sqrt().copysign(a)
+        forward = cosh_x[j] * straight - sinh_x[j] * (1 + sinh_y.square()).sqrt()
+        angle = torch.atan2(across, forward).float()
+        near = ~(torch.hypot(across, forward) > NEAR_SHARE * sinh_y)
+        k = near.nonzero().squeeze(1)
+        if k.numel() > 0:
+            angle[k] = exterior_angle(apex[j[k]], points[i[k]], c)
+        parts.append(angle)
+    return torch.cat(parts)

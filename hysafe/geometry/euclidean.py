@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from hysafe.geometry.lorentz import check_pair
-from hysafe.geometry.numerics import in_working_precision, safe_norm
+from hysafe.geometry.lorentz import PAIR_TOLERANCE, check_pair, unit
+from hysafe.geometry.numerics import in_working_precision, output_dtype, refine, safe_norm
 
 __all__ = [
     "dist",
@@ -28,13 +28,13 @@ __all__ = [
 
 
 def exp_map0(v: Tensor, c: Tensor | float = 1.0) -> Tensor:
-    """Identity: a flat space is its own tangent space."""
-    return v
+    """Identity (float32 at least): a flat space is its own tangent space."""
+    return v.to(output_dtype(v))
 
 
 def log_map0(x: Tensor, c: Tensor | float = 1.0) -> Tensor:
-    """Identity."""
-    return x
+    """Identity (float32 at least)."""
+    return x.to(output_dtype(x))
 
 
 @in_working_precision
@@ -43,13 +43,10 @@ def dist(x: Tensor, y: Tensor, c: Tensor | float = 1.0) -> Tensor:
     return safe_norm(x - y)
 
 
-@in_working_precision
 def pairwise_dist(x: Tensor, y: Tensor, c: Tensor | float = 1.0) -> Tensor:
     """Euclidean distance of all pairs, [B1, D] x [B2, D] -> [B1, B2]."""
     check_pair(x, y)
-    square = x.square().sum(-1)[:, None] + y.square().sum(-1)[None, :] - 2 * (x @ y.T)
-    floor = torch.finfo(x.dtype).eps
-    return torch.where(square > floor, square, torch.full_like(square, floor)).sqrt()
+    return _pairwise_dist(x, y, PAIR_TOLERANCE[output_dtype(x, y)])
 
 
 @in_working_precision
@@ -62,35 +59,21 @@ def dist0(x: Tensor, c: Tensor | float = 1.0) -> Tensor:
 def half_aperture(x: Tensor, c: Tensor | float = 1.0, min_radius: float = 0.1) -> Tensor:
     """asin(2K/|x|), pi/2 where |x| <= 2K; radians [...]."""
     n = safe_norm(x)
-    open_cone = n > 2 * min_radius
-    ratio = 2 * min_radius / torch.where(open_cone, n, torch.full_like(n, 4 * min_radius))
-    return torch.where(open_cone, torch.asin(ratio), torch.full_like(n, math.pi / 2))
+    saturated = n <= 2 * min_radius
+    ratio = 2 * min_radius / torch.where(saturated, torch.full_like(n, 2 * min_radius + 1), n)
+    return torch.where(saturated, torch.full_like(n, math.pi / 2), torch.asin(ratio))
 
 
 @in_working_precision
 def exterior_angle(x: Tensor, y: Tensor, c: Tensor | float = 1.0) -> Tensor:
-    """Angle between x and y - x, radians [...] in [0, pi]."""
-    x, y = torch.broadcast_tensors(x, y)
-    n = safe_norm(x)
-    unit = x / torch.where(n > 0, n, torch.ones_like(n))[..., None]
-    difference = y - x
-    along = (difference * unit).sum(-1)
-    across = safe_norm(difference - along[..., None] * unit)
-    same = (across == 0) & (along == 0)
-    return torch.atan2(across, torch.where(same, torch.ones_like(along), along))
+    """Angle between x and y - x, radians [...] in [0, pi]; 0 where x equals y."""
+    return _exterior_angle(x, y)
 
 
-@in_working_precision
 def pairwise_exterior_angle(x: Tensor, y: Tensor, c: Tensor | float = 1.0) -> Tensor:
     """Exterior angle of all pairs; apexes x: [N, D], points y: [B, D] -> [N, B]."""
     check_pair(x, y)
-    n = safe_norm(x)
-    unit = x / torch.where(n > 0, n, torch.ones_like(n))[:, None]
-    along = unit @ y.T
-    across2 = y.square().sum(-1)[None, :] - along.square()
-    floor = torch.finfo(x.dtype).eps
-    across = torch.where(across2 > floor, across2, torch.full_like(across2, floor)).sqrt()
-    return torch.atan2(across, along - n[:, None])
+    return _pairwise_exterior_angle(x, y, PAIR_TOLERANCE[output_dtype(x, y)])
 
 
 def pairwise_margin(
@@ -104,3 +87,39 @@ def pairwise_margin(
     """Cone margin of every point to every apex, [B, N] radians, > 0 inside."""
     angle = pairwise_exterior_angle(apex, points, c).T
     return eta * half_aperture(apex, c, min_radius)[None, :] - angle
+
+
+def _exterior_angle(x: Tensor, y: Tensor) -> Tensor:
+    x, y = torch.broadcast_tensors(x, y)
+    axis = unit(x, safe_norm(x))
+    difference = y - x
+    along = (difference * axis).sum(-1)
+    across = safe_norm(difference - along[..., None] * axis)
+    same = (across == 0) & (along == 0)
+    return torch.atan2(across, torch.where(same, torch.ones_like(along), along))
+
+
+@in_working_precision
+def _pairwise_dist(x: Tensor, y: Tensor, tolerance: float) -> Tensor:
+    scale = x.square().sum(-1)[:, None] + y.square().sum(-1)[None, :]
+    square = scale - 2 * (x @ y.T)
+    with torch.no_grad():
+        close = ~(square > tolerance * scale)
+    result = torch.where(close, torch.ones_like(square), square).sqrt()
+    return refine(result, close, x, y, lambda a, b: safe_norm(a - b))
+
+
+@in_working_precision
+def _pairwise_exterior_angle(x: Tensor, y: Tensor, tolerance: float) -> Tensor:
+    norm = safe_norm(x)
+    product = unit(x, norm) @ y.T  # [N, B]
+    square_y = y.square().sum(-1)
+    across2 = square_y - product.square()
+    along = product - norm[:, None]
+    with torch.no_grad():
+        size = norm[:, None] + square_y.sqrt()
+        good = across2 > tolerance * square_y
+        good &= across2 + along.square() > (tolerance * size).square()
+    across = torch.where(good, across2, torch.ones_like(across2)).sqrt()
+    angle = torch.atan2(across, torch.where(good, along, torch.ones_like(along)))
+    return refine(angle, ~good, x, y, _exterior_angle)

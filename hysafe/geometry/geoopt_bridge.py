@@ -19,10 +19,10 @@ __all__ = ["from_geoopt", "riemannian_adam", "to_geoopt", "to_manifold"]
 
 
 def to_manifold(c: Tensor | float) -> Any:
-    """The geoopt manifold of curvature -c."""
+    """The geoopt manifold of curvature -c; its k is float64, so that it fits either precision."""
     import geoopt
 
-    return geoopt.Lorentz(k=1.0 / float(c))
+    return geoopt.Lorentz(k=torch.tensor(1.0 / float(c), dtype=torch.float64))
 
 
 def to_geoopt(x: Tensor, c: Tensor | float) -> Tensor:
@@ -40,7 +40,7 @@ def from_geoopt(x: Tensor, c: Tensor | float, *, tolerance: float = 1e-3) -> Ten
     space = x[..., 1:]
     expected = lorentz.time(space, c)
     worst = float(((x[..., 0] - expected).abs() / expected).max()) if x.numel() else 0.0
-    if worst > tolerance:
+    if not worst <= tolerance:  # NaN too
         raise ShapeError(
             f"points are off the manifold: time component differs by {worst:.2g} relative. "
             "geoopt carries time first and its k is 1/c."

@@ -4,10 +4,10 @@ A point is :math:`(x_t, x_s)` with :math:`x_t = \sqrt{1/c + |x_s|^2}`. Only the 
 ``x_s`` are carried, so a point off the manifold cannot be written down. ``c`` is a float or a
 scalar tensor everywhere; ``r`` stands for :math:`\sqrt c`.
 
-Distances and angles are computed from the pair (difference of radii, angle at the origin): both
-are sums of non-negative terms, so nothing cancels, for equal points, collinear points or points
-far out. The chord form :math:`|x_s-y_s|^2-\Delta t^2` loses eight digits for collinear points at
-radius 11 even in float64.
+Distances and angles come from the two legs of the triangle at x, sinh(rd)·cos(phi) along its ray
+and sinh(rd)·sin(phi) across (:func:`legs`), each without cancellation for equal, near, collinear
+or antipodal points and far out. The chord form :math:`|x_s-y_s|^2-\Delta t^2` loses eight digits
+for collinear points at radius 11 even in float64.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor
 
 from hysafe.errors import ShapeError
 from hysafe.geometry.numerics import (
-    REFINE_ROWS,
     curvature_like,
     in_working_precision,
+    output_dtype,
+    refine,
     safe_norm,
-    tiny,
 )
 
 __all__ = [
@@ -39,9 +39,12 @@ __all__ = [
     "to_radius",
 ]
 
-# Below these relative sizes a pairwise result lost digits to cancellation and is recomputed by
-# the element-wise form: float64 input must keep 1e-10, float32 input 1e-6.
+# Where a difference of products is below this share of its terms, a pairwise result lost digits
+# and is redone by the element-wise form. The products are float64 (eps 2e-16): float64 input keeps
+# 1e-10, float32 input 1e-6.
 PAIR_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-8}
+# Below this r|v| two terms of the series of sinh(z)/z and asinh(z)/z are exact to float64 rounding.
+SERIES_BELOW = 1e-5
 
 
 @in_working_precision
@@ -59,13 +62,14 @@ def exp_map0(v: Tensor, c: Tensor | float) -> Tensor:
         c: curvature magnitude, > 0.
 
     Returns:
-        Space components [..., D].
+        Space components [..., D]. They leave float32 (inf) above r|v| = 88.
 
     Source: Desai et al. 2023 (MERU), eq. 6.
     """
     z = curvature_like(c, v).sqrt() * safe_norm(v, keepdim=True)
-    safe = z.clamp_min(tiny(z.dtype))
-    return torch.where(z < SERIES_BELOW, 1 + z.square() / 6, torch.sinh(safe) / safe) * v
+    small = z < SERIES_BELOW
+    safe = torch.where(small, torch.ones_like(z), z)
+    return torch.where(small, 1 + z.square() / 6, torch.sinh(safe) / safe) * v
 
 
 @in_working_precision
@@ -82,24 +86,28 @@ def log_map0(x: Tensor, c: Tensor | float) -> Tensor:
     Source: inverse of :func:`exp_map0`.
     """
     z = curvature_like(c, x).sqrt() * safe_norm(x, keepdim=True)
-    safe = z.clamp_min(tiny(z.dtype))
-    return torch.where(z < SERIES_BELOW, 1 - z.square() / 6, torch.asinh(safe) / safe) * x
-
-
-# Below this r|v| two terms of the series are exact to float64 rounding.
-SERIES_BELOW = 1e-5
+    small = z < SERIES_BELOW
+    safe = torch.where(small, torch.ones_like(z), z)
+    return torch.where(small, 1 - z.square() / 6, torch.asinh(safe) / safe) * x
 
 
 @in_working_precision
 def inner(x: Tensor, y: Tensor, c: Tensor | float) -> Tensor:
-    r"""Lorentzian inner product :math:`x_s\cdot y_s - x_t y_t`, [..., D] x [..., D] -> [...]."""
+    r"""Lorentzian inner product :math:`x_s\cdot y_s - x_t y_t`, [..., D] x [..., D] -> [...].
+
+    Computed as :math:`-\cosh(rd)/c` from the legs, so that near points far out keep their digits.
+    """
     c = curvature_like(c, x)
-    return (x * y).sum(-1) - _time(x, c) * _time(y, c)
+    forward, across = legs(x, y, c)
+    return -(1 + forward.square() + across.square()).sqrt() / c
 
 
 @in_working_precision
 def pairwise_inner(x: Tensor, y: Tensor, c: Tensor | float) -> Tensor:
-    """Lorentzian inner product of all pairs. x: [B1, D], y: [B2, D] -> [B1, B2]."""
+    """Lorentzian inner product of all pairs. x: [B1, D], y: [B2, D] -> [B1, B2].
+
+    A plain product: its rounding is relative to x_t·y_t, not to the result.
+    """
     check_pair(x, y)
     c = curvature_like(c, x)
     return x @ y.T - _time(x, c)[:, None] * _time(y, c)[None, :]
@@ -116,27 +124,19 @@ def dist(x: Tensor, y: Tensor, c: Tensor | float) -> Tensor:
     Returns:
         Distances [...] >= 0; exactly 0 with gradient 0 where x equals y.
 
-    Source: half-angle form of the hyperbolic law of cosines,
-    sinh²(rd/2) = sinh²((ρy-ρx)r/2) + sinh(rρx)·sinh(rρy)·sin²(θ/2).
+    Source: sinh(rd) is the hypotenuse of its two :func:`legs`.
     """
     return _dist(x, y, curvature_like(c, x))
 
 
-@in_working_precision
 def pairwise_dist(x: Tensor, y: Tensor, c: Tensor | float) -> Tensor:
     """Geodesic distance of all pairs. x: [B1, D], y: [B2, D] -> [B1, B2].
 
-    One float64 product; pairs so close (or so far out) that it cancels are redone by
+    One float64 product; pairs so close (for their radius) that it cancels are redone by
     :func:`dist`. No [B1, B2, D] temporary.
     """
     check_pair(x, y)
-    c = curvature_like(c, x)
-    scale = c * _time(x, c)[:, None] * _time(y, c)[None, :]
-    versine = scale - c * (x @ y.T) - 1  # cosh(rd) - 1
-    close = versine.detach() <= PAIR_TOLERANCE[torch.float64] * scale.detach()
-    safe = torch.where(close, torch.ones_like(versine), versine)
-    result = 2 * torch.asinh((safe / 2).sqrt()) / c.sqrt()
-    return refine(result, close, x, y, lambda a, b: _dist(a, b, c))
+    return _pairwise_dist(x, y, c, PAIR_TOLERANCE[output_dtype(x, y)])
 
 
 @in_working_precision
@@ -158,7 +158,7 @@ def to_radius(x: Tensor, radius: Tensor, c: Tensor | float) -> Tensor:
     """Move each point along its ray from the origin to a geodesic radius.
 
     Args:
-        x: space components [..., D], not the origin (which stays where it is).
+        x: space components [..., D], not the origin (which has no ray and stays where it is).
         radius: geodesic radii [...].
         c: curvature magnitude, > 0.
 
@@ -166,66 +166,56 @@ def to_radius(x: Tensor, radius: Tensor, c: Tensor | float) -> Tensor:
         Space components [..., D].
     """
     r = curvature_like(c, x).sqrt()
-    norm = safe_norm(x, keepdim=True)
-    return x / norm.clamp_min(tiny(norm.dtype)) * (torch.sinh(r * radius) / r)[..., None]
+    radius = torch.as_tensor(radius, dtype=x.dtype, device=x.device)
+    return unit(x, safe_norm(x)) * (torch.sinh(r * radius) / r)[..., None]
 
 
 # ---------------------------------------------------------------- shared with the cones
 
 
-class Polar(NamedTuple):
-    """y seen from the origin along the ray of x; all lengths times r. Shapes [...]."""
+class Legs(NamedTuple):
+    """The geodesic from x to y seen at x: hypotenuse sinh(rd), angle phi. Shapes [...]."""
 
-    sinh_x: Tensor  # r|x|
-    cosh_x: Tensor
-    sinh_y: Tensor  # r|y|
-    sinh_gap: Tensor  # sinh(r(radius(y) - radius(x)))
-    theta: Tensor  # angle between x and y at the origin, [0, pi]; 0 where one is the origin
+    forward: Tensor  # sinh(rd)·cos(phi), along the ray from the origin through x
+    across: Tensor  # sinh(rd)·sin(phi) >= 0
 
 
-def polar(x: Tensor, y: Tensor, c: Tensor) -> Polar:
-    """Polar coordinates of y relative to x without cancellation (float64 inputs)."""
+def legs(x: Tensor, y: Tensor, c: Tensor) -> Legs:
+    """Legs of the right triangle at x, without cancellation (working precision).
+
+    With y_s = b·u + p, where u is the direction of x_s and p is across it, across = r|p| and
+    forward = r(b·cosh(rρ) - |x_s|·cosh(rσ)) for the radii ρ, σ of x, y. For b > 0 that difference
+    is multiplied by the sum of its terms, in which the large parts cancel exactly. Where x is the
+    origin the ray has no direction: forward is 0 and across is sinh(rσ).
+    """
     x, y = torch.broadcast_tensors(x, y)
     r = c.sqrt()
-    floor = tiny(x.dtype)
-    nx, ny = safe_norm(x), safe_norm(y)
-    sinh_x, sinh_y = r * nx, r * ny
+    norm_x, norm_y = safe_norm(x), safe_norm(y)
+    sinh_x, sinh_y = r * norm_x, r * norm_y
     cosh_x, cosh_y = (1 + sinh_x.square()).sqrt(), (1 + sinh_y.square()).sqrt()
+    u = unit(x, norm_x)
+    # through the smaller of y - x and y: the rounding of its product with u is relative to that
     difference = y - x
-    # r²(|y|²-|x|²) / (sinh_y cosh_x + sinh_x cosh_y), through the difference: exact when close
-    gap = c * (difference * (x + y)).sum(-1)
-    sinh_gap = gap / (sinh_y * cosh_x + sinh_x * cosh_y).clamp_min(floor)
-    # component of y across x, through the smaller of (y - x, y): its rounding is relative to that
-    unit = x / nx.clamp_min(floor)[..., None]
-    along_difference = (difference * unit).sum(-1)
-    along_y = (y * unit).sum(-1)
-    near = safe_norm(difference.detach()) < ny.detach()
+    near = safe_norm(difference.detach()) < norm_y.detach()
     base = torch.where(near[..., None], difference, y)
-    along = torch.where(near, along_difference, along_y)
-    across = safe_norm(base - along[..., None] * unit)
-    total = torch.where(near, nx + along_difference, along_y)
-    defined = (nx > 0) & (ny > 0)
-    theta = torch.where(
-        defined,
-        torch.atan2(across, torch.where(defined, total, torch.ones_like(total))),
-        torch.zeros_like(across),
-    )
-    return Polar(sinh_x, cosh_x, sinh_y, sinh_gap, theta)
+    product = (base * u).sum(-1)
+    across = r * safe_norm(base - product[..., None] * u)
+    along = r * torch.where(near, norm_x + product, product)
+    beyond = r * torch.where(near, product, product - norm_x)
+    ahead = along > 0
+    total = torch.where(ahead, along * cosh_x + sinh_x * cosh_y, torch.ones_like(along))
+    squares = beyond * (along + sinh_x) - sinh_x.square() * across.square()
+    forward = torch.where(ahead, squares / total, along * cosh_x - sinh_x * cosh_y)
+    return Legs(forward, across)
 
 
-def refine(result: Tensor, where: Tensor, x: Tensor, y: Tensor, function) -> Tensor:  # type: ignore[no-untyped-def]
-    """`result` [B1, B2] with the pairs in `where` replaced by function(x_i, y_j), in chunks."""
-    rows, columns = where.nonzero(as_tuple=True)
-    if rows.numel() == 0:
-        return result
-    parts = [
-        function(x[i], y[j])
-        for i, j in zip(rows.split(REFINE_ROWS), columns.split(REFINE_ROWS), strict=True)
-    ]
-    return result.index_put((rows, columns), torch.cat(parts))
+def unit(x: Tensor, norm: Tensor) -> Tensor:
+    """Directions [..., D] of vectors with the given norms [...]; 0 where the norm is 0."""
+    return x / torch.where(norm > 0, norm, torch.ones_like(norm))[..., None]
 
 
 def check_pair(x: Tensor, y: Tensor) -> None:
+    """Raise ShapeError unless x is [B1, D] and y is [B2, D]."""
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
         raise ShapeError(
             f"pairwise functions expected x [B1, D] and y [B2, D], got {tuple(x.shape)} and "
@@ -238,13 +228,20 @@ def _time(x: Tensor, c: Tensor) -> Tensor:
 
 
 def _dist(x: Tensor, y: Tensor, c: Tensor) -> Tensor:
-    p = polar(x, y, c)
-    half_gap = torch.sinh(torch.asinh(p.sinh_gap) / 2)
-    # where one point is the origin theta is 0 and only the gap counts
-    across = (p.sinh_x * p.sinh_y).clamp_min(0)
-    # sinh(rd/2) is the length of the vector (half_gap, sqrt(across) sin(theta/2)); safe_norm makes
-    # the gradient 0 where both vanish
-    root = torch.where(across > 0, across, torch.ones_like(across)).sqrt()
-    root = torch.where(across > 0, root, torch.zeros_like(root))
-    sinh_half = safe_norm(torch.stack((half_gap, root * torch.sin(p.theta / 2)), dim=-1))
-    return 2 * torch.asinh(sinh_half) / c.sqrt()
+    x, y = torch.broadcast_tensors(x, y)
+    # seen from the farther point, so that the gradient is right where the other is the origin
+    x_first = (safe_norm(x.detach()) >= safe_norm(y.detach()))[..., None]
+    forward, across = legs(torch.where(x_first, x, y), torch.where(x_first, y, x), c)
+    return torch.asinh(safe_norm(torch.stack((forward, across), dim=-1))) / c.sqrt()
+
+
+@in_working_precision
+def _pairwise_dist(x: Tensor, y: Tensor, c: Tensor | float, tolerance: float) -> Tensor:
+    c = curvature_like(c, x)
+    scale = c * _time(x, c)[:, None] * _time(y, c)[None, :]
+    versine = scale - c * (x @ y.T) - 1  # cosh(rd) - 1
+    with torch.no_grad():
+        close = ~(versine > tolerance * scale)
+    safe = torch.where(close, torch.ones_like(versine), versine)
+    result = 2 * torch.asinh((safe / 2).sqrt()) / c.sqrt()
+    return refine(result, close, x, y, lambda a, b: _dist(a, b, c))

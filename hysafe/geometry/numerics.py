@@ -1,8 +1,8 @@
 """Working precision and safe primitives for the geometry.
 
-The closed forms of hyperbolic geometry cancel badly in float32, so every element-wise function
-works in float64 and returns the dtype that came in (float32 at least). Doubles are also immune to
-autocast. Devices without float64 (MPS) work in float32.
+The closed forms of hyperbolic geometry cancel badly in float32, so every function works in float64
+and returns the dtype that came in (float32 at least). Doubles are also immune to autocast. Devices
+without float64 (MPS) work in float32, outside autocast.
 """
 
 from __future__ import annotations
@@ -14,59 +14,82 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["curvature_like", "in_working_precision", "safe_norm", "tiny"]
+from hysafe.errors import ConfigError
+
+__all__ = ["curvature_like", "in_working_precision", "output_dtype", "refine", "safe_norm"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Rows handled at once by the element-wise refinement of pairwise results; 64k rows x 512 doubles
-# are 256 MiB, the largest temporary the geometry makes.
-REFINE_ROWS = 65_536
+# Elements (pairs x D) handled at once where pairs are redone one by one: 4 MiB of doubles.
+REFINE_ELEMENTS = 1 << 19
 
 
-def tiny(dtype: torch.dtype) -> float:
-    """Smallest number that is safe as a divisor in `dtype`."""
-    return float(torch.finfo(dtype).tiny) ** 0.5
-
-
-def _working(x: Tensor) -> Tensor:
-    if x.device.type == "mps":
-        return x.float()
-    return x.double()
+def output_dtype(*arguments: Any) -> torch.dtype:
+    """The widest dtype among the tensors [...] (scalar tensors do not count), float32 at least."""
+    tensors = [a for a in arguments if isinstance(a, Tensor)]
+    dtype = torch.float32
+    for tensor in [t for t in tensors if t.ndim > 0] or tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
 
 
 def in_working_precision(function: F) -> F:
-    """Run `function` on float64 copies of its tensors and cast the result back.
+    """Run `function` on float64 copies of its tensors and cast the result to `output_dtype`.
 
-    The result has the widest floating dtype among the tensor arguments, float32 at least.
     Gradients flow through the casts.
     """
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        vectors = [a for a in args if isinstance(a, Tensor) and a.ndim > 0]
-        dtype = torch.float32
-        for v in vectors:
-            dtype = torch.promote_types(dtype, v.dtype)
-        cast = [_working(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-        return function(*cast, **kwargs).to(dtype)
+        dtype = output_dtype(*args, *kwargs.values())
+        cast = [_working(a) for a in args]
+        named = {name: _working(a) for name, a in kwargs.items()}
+        if any(isinstance(a, Tensor) and a.device.type == "mps" for a in cast):
+            with torch.autocast("mps", enabled=False):
+                return function(*cast, **named).to(dtype)
+        return function(*cast, **named).to(dtype)
 
     return wrapper  # type: ignore[return-value]
 
 
 def curvature_like(c: Tensor | float, x: Tensor) -> Tensor:
-    """`c` as a scalar tensor in the dtype and on the device of `x`."""
+    """`c` as a scalar tensor in the dtype and on the device of `x`.
+
+    Raises:
+        ConfigError: where c is a number that is not > 0. A tensor is trusted (looking at it would
+            wait for the device); :class:`hysafe.geometry.Curvature` keeps it positive.
+    """
     if isinstance(c, Tensor):
         return c.to(device=x.device, dtype=x.dtype)
+    if not c > 0:
+        raise ConfigError(f"curvature c: got {c}, wanted a number > 0; the space has curvature -c.")
     return torch.as_tensor(c, device=x.device, dtype=x.dtype)
 
 
 def safe_norm(x: Tensor, *, keepdim: bool = False) -> Tensor:
     """Euclidean norm over the last axis with gradient 0 (not NaN) at 0."""
-    # scale first, so that neither 1e-160 nor 1e160 leaves the range of the square
-    scale = x.detach().abs().amax(dim=-1, keepdim=True)
-    zero = scale == 0
-    scale = torch.where(zero, torch.ones_like(scale), scale)
-    square = (x / scale).square().sum(-1, keepdim=True)
-    square = torch.where(zero, torch.ones_like(square), square)
-    norm = torch.where(zero, torch.zeros_like(square), square.sqrt() * scale)
-    return norm if keepdim else norm.squeeze(-1)
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=keepdim)
+
+
+def refine(
+    result: Tensor,
+    where: Tensor,
+    x: Tensor,
+    y: Tensor,
+    function: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """`result` [B1, B2] with the pairs in `where` replaced by function(x_i, y_j), in chunks."""
+    rows, columns = where.nonzero(as_tuple=True)
+    if rows.numel() == 0:
+        return result
+    pairs = max(1, REFINE_ELEMENTS // max(1, x.shape[1]))
+    parts = [
+        function(x[i], y[j]) for i, j in zip(rows.split(pairs), columns.split(pairs), strict=True)
+    ]
+    return result.index_put((rows, columns), torch.cat(parts))
+
+
+def _working(a: Any) -> Any:
+    if not isinstance(a, Tensor):
+        return a
+    return a.to(torch.float32 if a.device.type == "mps" else torch.float64)

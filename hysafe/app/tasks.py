@@ -1,0 +1,482 @@
+"""LightningModule shells: the taxonomy objective and the published presets."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hysafe.data.datamodule import EmbedData
+from hysafe.encoder import HyperbolicEncoder, mini_architecture, open_clip_architecture
+from hysafe.errors import ConfigError
+from hysafe.geometry import BoundedScalar, Points, get_space
+from hysafe.loss import (
+    TaxonomyWeights,
+    candidate_cross_entropy,
+    entailment,
+    item_cones,
+    node_cones,
+    preset_loss,
+    prototype_cross_entropy,
+)
+
+log = logging.getLogger(__name__)
+
+__all__ = ["EncoderTask", "PresetTask", "TaxonomyTask"]
+
+# Texts are cut to this many tokens in training; the longest contrast sentence has 40.
+TRAIN_TOKENS = 40
+
+
+class EncoderTask(L.LightningModule):
+    """What every training of the encoder shares: model, optimiser, schedule, monitors.
+
+    Args:
+        image_tower: timm tower trained from scratch beside MiniLM (``mini``), or
+        open_clip: ``NAME`` or ``NAME/TAG`` of an open_clip model (tag or local weights file).
+        image_size: of the timm tower.
+        dim: D. space: lorentz or euclidean (the control).
+        lora_rank: of the text tower (``mini``) or both towers (open_clip); 0 trains none.
+        lr: of the image tower. head_lr: heads and scalars. lora_lr: adapters.
+        weight_decay: AdamW, matrices only.
+        warmup: share of the steps.
+    """
+
+    def __init__(
+        self,
+        image_tower: str | None = "resnet18",
+        open_clip: str | None = None,
+        image_size: int = 64,
+        dim: int = 128,
+        space: str = "lorentz",
+        curvature: float = 1.0,
+        lora_rank: int = 8,
+        lr: float = 2e-3,
+        head_lr: float = 2e-3,
+        lora_lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        warmup: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if (image_tower is None) == (open_clip is None):
+            raise ConfigError("give exactly one of image_tower and open_clip.")
+        if open_clip is not None:
+            name, _, tag = open_clip.partition("/")
+            architecture = open_clip_architecture(name, tag or None)
+            architecture["lora_rank"] = lora_rank
+        else:
+            architecture = mini_architecture(
+                str(image_tower), image_size=image_size, lora_rank=lora_rank
+            )
+        self.encoder = HyperbolicEncoder(
+            architecture, dim=dim, space=space, curvature=curvature
+        )
+        self.space = get_space(space)
+        self.lr, self.head_lr, self.lora_lr = lr, head_lr, lora_lr
+        self.weight_decay, self.warmup = weight_decay, warmup
+
+    def configure_optimizers(self) -> Any:
+        groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+        for name, p in self.named_parameters():
+            if not p.requires_grad:
+                continue
+            lr = self.lora_lr if "lora_" in name else (
+                self.lr if name.startswith("encoder.towers") else self.head_lr)  # fmt: skip
+            decay = self.weight_decay if p.ndim >= 2 else 0.0
+            groups.setdefault((lr, decay), []).append(p)
+        optimizer = torch.optim.AdamW(
+            [{"params": v, "lr": k[0], "weight_decay": k[1]} for k, v in groups.items()],
+            betas=(0.9, 0.98),
+        )
+        total = int(self.trainer.estimated_stepping_batches)
+
+        def schedule(step: int) -> float:
+            """Linear warm-up, then cosine to zero."""
+            start = max(1, int(self.warmup * total))
+            if step < start:
+                return (step + 1) / start
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - start) / max(1, total - start))))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def monitor_scalars(self) -> dict[str, float]:
+        """Curvature, scales and whether a bound saturates."""
+        values = {"monitor/curvature": float(self.encoder.curvature())}
+        for name, module in self.named_modules():
+            if isinstance(module, BoundedScalar):
+                short = name.removeprefix("encoder.").replace(".", "_")
+                values[f"monitor/{short}"] = float(module())
+                values[f"saturated/{short}"] = float(module.saturated)
+        return values
+
+    def log_terms(self, terms: dict[str, Tensor]) -> None:
+        """Every loss term by name."""
+        self.log_dict({f"train/{k}": v.detach() for k, v in terms.items()})
+
+
+class TaxonomyTask(EncoderTask):
+    """The taxonomy objective of ``mini``: cones for the safety taxonomy, and pictures of classes.
+
+    Every text and picture is drawn into the cones of its candidate leaves; pictures are also
+    matched to the text of their class, which lies in the cones of its hypernyms.
+
+    Args:
+        weights: of the taxonomy terms.
+        image_weight: of picture-to-class-text cross entropy.
+        image_leaf_weight: of the taxonomy terms for pictures.
+        class_entail: of "class text entails picture" and "hypernym entails class text".
+        concept_weight: of the concept within the category, where known.
+        label_smoothing: of the picture classes.
+        text_dropout: on text features, before the head.
+        train_sizes: [[share of training from which on, side], ...]: smaller pictures first.
+        refresh_every: steps between re-encodings of all phrases (nodes, classes, hypernyms); in
+            between the head moves and the tower's phrase features stand still.
+        monitor_every: steps between the geometry monitors.
+        augment: crops and flips.
+    """
+
+    def __init__(
+        self,
+        weights: TaxonomyWeights = TaxonomyWeights(),  # noqa: B008 - frozen
+        image_weight: float = 1.0,
+        image_leaf_weight: float = 0.3,
+        class_entail: float = 0.1,
+        concept_weight: float = 0.2,
+        label_smoothing: float = 0.1,
+        text_dropout: float = 0.1,
+        train_sizes: list[list[float]] = [[0.0, 64]],  # noqa: B006 - read only
+        refresh_every: int = 400,
+        monitor_every: int = 200,
+        augment: bool = True,
+        image_tower: str | None = "resnet18",
+        open_clip: str | None = None,
+        image_size: int = 64,
+        dim: int = 128,
+        space: str = "lorentz",
+        curvature: float = 1.0,
+        lora_rank: int = 8,
+        lr: float = 2e-3,
+        head_lr: float = 2e-3,
+        lora_lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        warmup: float = 0.1,
+    ) -> None:
+        super().__init__(
+            image_tower, open_clip, image_size, dim, space, curvature, lora_rank,
+            lr, head_lr, lora_lr, weight_decay, warmup,
+        )  # fmt: skip
+        self.weights, self.image_weight = weights, image_weight
+        self.image_leaf_weight, self.class_entail = image_leaf_weight, class_entail
+        self.concept_weight, self.label_smoothing = concept_weight, label_smoothing
+        self.text_dropout = text_dropout
+        self.train_sizes, self.augment = train_sizes, augment
+        self.refresh_every, self.monitor_every = refresh_every, monitor_every
+
+    # ------------------------------------------------------------ set-up
+
+    def setup(self, stage: str) -> None:
+        data = self._data()
+        data.setup()
+        leaves = data.leaves
+        self._leaves = leaves
+        self._edges, self._siblings = leaves.edges(), leaves.siblings()
+        self._node_phrases = [n.phrases for n in data.taxonomy]
+        world = data.world
+        self._class_phrases = [_class_phrases(n, c) for n, c in zip(world.names, world.chains, strict=True)]
+        hypernyms: dict[str, int] = {}
+        texts, depths, edges = [], [], []
+        for i, chain in enumerate(world.chains):
+            for level, node in enumerate(world.node_ids(i)[:-1]):
+                if node not in hypernyms:
+                    hypernyms[node] = len(texts)
+                    texts.append((chain[level],))
+                    depths.append(1 + min(2, 3 * level // max(1, len(chain))))
+                edges.append((hypernyms[node], i))
+        self._hypernym_phrases = texts
+        self._hypernym_depth = torch.tensor(depths)
+        self._hypernym_edges = torch.tensor(edges).reshape(-1, 2)
+        concept_ids = [n.id for n in data.taxonomy.concepts]
+        self._concepts = torch.tensor([leaves.node_index[c] for c in concept_ids])
+        owner = [leaves.node_index[str(data.taxonomy[c].parent)] for c in concept_ids]
+        self._concept_parent = torch.tensor(owner)
+
+    def _data(self) -> EmbedData:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, EmbedData):
+            raise ConfigError("TaxonomyTask trains on EmbedData; presets take RoleData.")
+        return data
+
+    def refresh(self) -> None:
+        """Re-encode every phrase with the tower as it is."""
+        training = self.encoder.towers.training
+        self.encoder.towers.eval()
+        with torch.no_grad(), self._autocast():
+            for name in ("node", "class", "hypernym"):
+                phrases = getattr(self, f"_{name}_phrases")
+                setattr(self, f"_{name}_features", self.encoder.node_features(phrases).clone())
+        self.encoder.towers.train(training)
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def on_train_start(self) -> None:
+        for name in ("_edges", "_siblings", "_hypernym_depth", "_hypernym_edges", "_concepts",
+                     "_concept_parent"):  # fmt: skip
+            setattr(self, name, getattr(self, name).to(self.device))
+        leaves = self._leaves
+        leaves.depth, leaves.below = leaves.depth.to(self.device), leaves.below.to(self.device)
+        leaves.leaf_nodes = leaves.leaf_nodes.to(self.device)
+
+    # ------------------------------------------------------------ one step
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        if self.global_step % self.refresh_every == 0 or not hasattr(self, "_node_features"):
+            self.refresh()
+        # CombinedLoader yields the dict of both kinds
+        pictures, texts = batch["image"], batch["text"]
+        encoder, c = self.encoder, self.encoder.curvature()
+        pixels = self._augment(pictures["pixels"])
+        image = encoder.encode_image(pixels).space
+        text = encoder.lift("text", self._text_features(texts["texts"])).space
+        nodes = encoder.place_nodes(self._node_features, self._leaves.depth).space
+        terms = self._image_terms(image, pictures["classes"], c)
+        terms.update(self._item_terms("text", text, texts["candidates"], nodes, c))
+        terms.update(self._item_terms("image", image, pictures["candidates"], nodes, c))
+        terms["concept"] = self._concept_term(text, texts["concepts"], nodes, c)
+        edge, sibling = node_cones(nodes, self._edges, self._siblings, c, space=self.space)
+        terms["edge"], terms["sibling"] = edge, sibling
+        w = self.weights
+        loss = self.image_weight * terms["class"] + self.class_entail * terms["class_entail"]
+        for kind, factor in (("text", 1.0), ("image", self.image_leaf_weight)):
+            loss = loss + factor * (
+                w.leaf * terms[f"{kind}_leaf"]
+                + w.inside * terms[f"{kind}_inside"]
+                + w.outside * terms[f"{kind}_outside"]
+            )
+        loss = loss + w.edge * edge + w.sibling * sibling + self.concept_weight * terms["concept"]
+        if self.global_step % 20 == 0:
+            self.log_terms({"loss": loss, **terms})
+            self.log("loss", loss.detach(), prog_bar=True, logger=False)
+        if self.global_step % self.monitor_every == 0:
+            self.log_dict({**self.monitor_scalars(), **self.monitor_tree(nodes, c)})
+        return loss
+
+    def _text_features(self, texts: list[str]) -> Tensor:
+        """Features [B, E]; short and long texts apart, so that short ones are not padded."""
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        features = []
+        for half in (order[: len(order) // 2], order[len(order) // 2 :]):
+            if not half:
+                continue
+            tokens = self.encoder.towers.tokenize([texts[i] for i in half], limit=TRAIN_TOKENS)
+            features.append(self.encoder.towers.encode_text(tokens.to(self.device)).float())
+        joined = torch.cat(features)
+        back = torch.empty_like(joined)
+        back[torch.tensor(order, device=joined.device)] = joined
+        return F.dropout(back, self.text_dropout, self.training)
+
+    def _image_terms(self, image: Tensor, classes: Tensor, c: Tensor) -> dict[str, Tensor]:
+        encoder = self.encoder
+        prototypes = encoder.lift("text", self._class_features).space
+        term = prototype_cross_entropy(
+            image, prototypes, classes, c, encoder.logit_scale(),
+            space=self.space, label_smoothing=self.label_smoothing,
+        )  # fmt: skip
+        hypernyms = encoder.node_head.place(
+            self._hypernym_features, self._hypernym_depth, c, encoder.space
+        )
+        e = self._hypernym_edges
+        entail = entailment(prototypes[classes], image, c, space=self.space)
+        if len(e):
+            entail = entail + entailment(
+                hypernyms[e[:, 0]], prototypes[e[:, 1]], c, space=self.space
+            )
+        return {"class": term, "class_entail": entail}
+
+    def _item_terms(
+        self, kind: str, items: Tensor, candidates: Tensor, nodes: Tensor, c: Tensor
+    ) -> dict[str, Tensor]:
+        margins = self.space.pairwise_margin(nodes, items, c)  # [B, N]
+        logits = margins[:, self._leaves.leaf_nodes] * self.encoder.cone_scale()
+        inside, outside = self._leaves.cone_masks(candidates)
+        pull, push = item_cones(margins, inside, outside)
+        return {
+            f"{kind}_leaf": candidate_cross_entropy(logits, candidates).mean(),
+            f"{kind}_inside": pull,
+            f"{kind}_outside": push,
+        }
+
+    def _concept_term(self, items: Tensor, target: Tensor, nodes: Tensor, c: Tensor) -> Tensor:
+        """Cross entropy over the concepts of the item's category, where the concept is known."""
+        rows = (target >= 0).nonzero()[:, 0]
+        if len(rows) == 0:
+            return items.sum() * 0
+        margins = self.space.pairwise_margin(nodes[self._concepts], items[rows], c)
+        position = (self._concepts[None, :] == target[rows, None]).float().argmax(-1)
+        same = self._concept_parent[None, :] == self._concept_parent[position][:, None]
+        logits = (margins * self.encoder.cone_scale()).masked_fill(~same, -torch.inf)
+        inside = F.relu(-margins.gather(1, position[:, None])).mean()
+        return F.cross_entropy(logits, position) + inside
+
+    def _augment(self, pixels: Tensor) -> Tensor:
+        progress = self.global_step / max(1, int(self.trainer.estimated_stepping_batches))
+        size = int(max((s for s in self.train_sizes if s[0] <= progress), key=lambda s: s[0])[1])
+        x = pixels.float()
+        if not self.augment:
+            return x if size == x.shape[-1] else F.interpolate(x, size=size, mode="area")
+        return random_resized_crop_flip(x, size)
+
+    # ------------------------------------------------------------ monitors
+
+    @torch.no_grad()
+    def monitor_tree(self, nodes: Tensor, c: Tensor) -> dict[str, float]:
+        """Aperture and radius per depth, share of violated edges."""
+        values: dict[str, float] = {}
+        for depth in (1, 2, 3):
+            of = nodes[self._leaves.depth == depth]
+            values[f"radius/depth_{depth}"] = float(self.space.dist0(of, c).mean())
+            values[f"aperture/depth_{depth}"] = float(self.space.half_aperture(of, c).mean())
+        e = self._edges
+        angle = self.space.exterior_angle(nodes[e[:, 0]], nodes[e[:, 1]], c)
+        outside = angle > self.space.half_aperture(nodes[e[:, 0]], c)
+        values["monitor/violated_edges"] = float(outside.float().mean())
+        return values
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx % 100 == 0:
+            log.info("epoch %d step %d loss %.3f", self.current_epoch, batch_idx, outputs["loss"])
+
+    def on_train_epoch_end(self) -> None:
+        """Quick validation figures; the card has the whole ones."""
+        values = self.validate_quickly()
+        self.log_dict(values)
+        parts = [f"{k.split('/')[-1]} {v:.4f}" for k, v in values.items()]
+        self.print(f"epoch {self.current_epoch}: " + ", ".join(parts))
+
+    @torch.no_grad()
+    def validate_quickly(self) -> dict[str, float]:
+        """Top-1 of the pictures by distance; AUROC and category top-1 of the contrast split."""
+        from torchmetrics.functional.classification import binary_auroc
+
+        data, encoder, values = self._data(), self.encoder, {}
+        encoder.eval()
+        self.refresh()
+        c = encoder.curvature()
+        with self._autocast():
+            if data.validation_pictures is not None:
+                pictures, hits = data.validation_pictures, 0
+                prototypes = encoder.lift("text", self._class_features).space[: data.photo_classes]
+                for i in range(0, len(pictures), 256):
+                    batch = pictures[slice(i, i + 256)]
+                    points = encoder.encode_image(batch["pixels"].to(self.device))
+                    d = self.space.pairwise_dist(points.space, prototypes, c)
+                    hits += int((d.argmin(-1).cpu() == batch["classes"]).sum())
+                values["validation/top1"] = hits / len(pictures)
+            samples = data.validation_texts
+            features = encoder.text_features([str(s.text) for s in samples]).clone()
+        items = encoder.lift("text", features)
+        nodes = encoder.place_nodes(self._node_features, self._leaves.depth)
+        logits = items.margin(nodes)[:, self._leaves.leaf_nodes] * self.encoder.cone_scale()
+        risky = self._leaves.risky.to(logits.device)
+        evidence = logits[:, risky].logsumexp(-1) - logits[:, ~risky].logsumexp(-1)
+        unsafe = torch.tensor([not s.safe for s in samples], device=logits.device)
+        values["validation/auroc"] = float(binary_auroc(evidence, unsafe.long()))
+        if unsafe.any():
+            ids = [self._leaves.leaves[i] for i in risky.nonzero()[:, 0].tolist()]
+            best = logits[unsafe][:, risky].argmax(-1).tolist()
+            truth = [s.nodes[0] for s in samples if not s.safe]
+            hits = sum(ids[b] == t for b, t in zip(best, truth, strict=True))
+            values["validation/category_top1"] = hits / len(truth)
+        encoder.train()
+        return values
+
+
+class PresetTask(EncoderTask):
+    """A published recipe (``meru``, ``hycoclip``, ``hysac``) on role batches of RoleData.
+
+    Args:
+        preset: name in :data:`hysafe.loss.PRESETS`.
+    """
+
+    def __init__(
+        self,
+        preset: str = "meru",
+        image_tower: str | None = None,
+        open_clip: str | None = "ViT-B-16",
+        image_size: int = 224,
+        dim: int = 512,
+        space: str = "lorentz",
+        curvature: float = 1.0,
+        lora_rank: int = 16,
+        lr: float = 5e-4,
+        head_lr: float = 5e-4,
+        lora_lr: float = 8e-4,
+        weight_decay: float = 0.2,
+        warmup: float = 0.05,
+    ) -> None:
+        super().__init__(
+            image_tower, open_clip, image_size, dim, space, curvature, lora_rank,
+            lr, head_lr, lora_lr, weight_decay, warmup,
+        )  # fmt: skip
+        self.preset = preset
+
+    def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
+        points: dict[str, Tensor] = {}
+        for role, value in batch.items():
+            points[role] = self._encode(value).space
+        terms = preset_loss(
+            self.preset, points, self.encoder.curvature(), self.encoder.logit_scale(),
+            space=self.space,
+        )  # fmt: skip
+        self.log_terms(terms)
+        if self.global_step % 50 == 0:
+            radii = {
+                f"radius/{k}": float(self.space.dist0(v.detach(), self.encoder.curvature()).mean())
+                for k, v in points.items()
+            }
+            self.log_dict({**self.monitor_scalars(), **radii})
+        return terms["loss"]
+
+    def _encode(self, value: Any) -> Points:
+        if isinstance(value, Tensor):
+            return self.encoder.encode_image(value)
+        tokens = self.encoder.towers.tokenize(value).to(self.device)
+        return self.encoder.encode_tokens(tokens)
+
+
+def random_resized_crop_flip(
+    pixels: Tensor, size: int, *, scale: tuple[float, float] = (0.35, 1.0)
+) -> Tensor:
+    """Random crop (area share in `scale`, aspect 3/4 to 4/3), resize, flip; each picture its own.
+
+    pixels [B, 3, S, S] float -> [B, 3, size, size], one grid_sample for the batch.
+    """
+    n, device = len(pixels), pixels.device
+    area = torch.empty(n, device=device).uniform_(*scale)
+    aspect = torch.empty(n, device=device).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
+    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+    x = (torch.rand(n, device=device) * 2 - 1) * (1 - width)
+    y = (torch.rand(n, device=device) * 2 - 1) * (1 - height)
+    flip = torch.where(torch.rand(n, device=device) < 0.5, -1.0, 1.0)
+    zero = torch.zeros_like(x)
+    theta = torch.stack(
+        (torch.stack((width * flip, zero, x), -1), torch.stack((zero, height, y), -1)), dim=1
+    )
+    grid = F.affine_grid(theta, [n, 3, size, size], align_corners=False)
+    return F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
+
+
+def _class_phrases(name: str, chain: tuple[str, ...]) -> tuple[str, ...]:
+    general = chain[-1] if chain else "thing"
+    return (name, f"a photo of a {name}", f"{name}, a kind of {general}")
+

@@ -1,0 +1,122 @@
+"""The training command behind ``train_embed.py``: LightningCLI, a run directory, an export."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import subprocess
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+
+from hysafe.app.tasks import EncoderTask, PresetTask, TaxonomyTask  # noqa: F401 - subclasses by name
+
+__all__ = ["ExportModel", "RunRecord", "embed_main"]
+
+log = logging.getLogger(__name__)
+
+# A long run on a shared machine loses at most this much.
+CHECKPOINT_MINUTES = 5
+
+
+class RunRecord(Callback):
+    """Writes environment.json into the run directory: commit, versions, machine, seed."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {
+            "commit": _commit(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "lightning": L.__version__,
+            "threads": torch.get_num_threads(),
+            "device": str(pl_module.device),
+            "machine": platform.machine(),
+        }
+        (folder / "environment.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+class ExportModel(Callback):
+    """Writes the encoder as a hysafe directory, ``model/`` in the run directory, when fit ends."""
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not isinstance(pl_module, EncoderTask) or trainer.interrupted:
+            return
+        target = Path(trainer.default_root_dir) / "model"
+        pl_module.encoder.save_directory(target, image_dtype=torch.bfloat16)
+        log.info("model written to %s", target)
+
+
+class RunConfig(SaveConfigCallback):
+    """Saves the resolved configuration beside the checkpoints, over an older one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "overwrite": True})
+
+
+class EmbedCLI(LightningCLI):
+    """``fit`` with checkpoints every few minutes, a run record and an export."""
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        parser.set_defaults({"trainer.enable_checkpointing": True})
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        kwargs.setdefault("callbacks", [])
+        return super().instantiate_trainer(**kwargs)
+
+
+def embed_main(args: list[str] | None = None) -> None:
+    """Entry point: ``python train_embed.py fit --config configs/embed/NAME.yaml``.
+
+    Resume with ``--ckpt_path RUN/checkpoints/last.ckpt``; any setting can be overridden on the
+    command line (``--model.dim 64``).
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec.*")
+    torch.set_float32_matmul_precision("high")
+    EmbedCLI(
+        EncoderTask,
+        L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=RunConfig,
+        seed_everything_default=0,
+        trainer_defaults={
+            "callbacks": [
+                ModelCheckpoint(
+                    save_last=True,
+                    save_top_k=0,
+                    train_time_interval=_minutes(CHECKPOINT_MINUTES),
+                ),
+                RunRecord(),
+                ExportModel(),
+            ],
+            "num_sanity_val_steps": 0,
+        },
+        args=args,
+    )
+
+
+def _minutes(n: int) -> Any:
+    from datetime import timedelta
+
+    return timedelta(minutes=n)
+
+
+def _commit() -> str:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"],
+            capture_output=True, text=True, check=False, timeout=10,
+        )  # fmt: skip
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"

@@ -1,0 +1,1 @@
+"""Reading: inputs of a scan, training sources, label maps, the contrast set, OCR."""

@@ -1,0 +1,399 @@
+"""LightningDataModules: pictures and texts with candidate leaves, and role batches for presets."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from hysafe.data.contrast import contrast_set
+from hysafe.data.images import decode, to_pixels
+from hysafe.data.label_map import permissive_sets
+from hysafe.data.leaves import LeafSpace
+from hysafe.data.rendered import render_text_pictures
+from hysafe.data.sources import data_root, image_bytes, iter_samples, load_rows
+from hysafe.errors import ConfigError
+from hysafe.taxonomy import load_taxonomy
+from hysafe.types import Sample
+
+__all__ = ["EmbedData", "Pictures", "RoleData", "Texts", "WorldTree"]
+
+TEXT_PICTURE, ICON = "picture of text", "icon"
+# Share of training pictures and of public text sets kept for calibration, never trained on.
+HELD_OUT_SHARE = 0.05
+
+# How often a batch draws from each source; the rest of the permissive sets share `other`.
+TEXT_WEIGHTS = {
+    "contrast": 0.52,
+    "background": 0.12,
+    "phrases": 0.08,
+    "edos": 0.05,
+    "catqa": 0.04,
+    "clinc150": 0.03,
+    "harmfulqa": 0.03,
+    "advbench": 0.03,
+    "davidson": 0.03,
+    "other": 0.07,
+}
+
+
+@dataclass
+class WorldTree:
+    """Classes of the training pictures with their hypernyms: the tree of everyday things.
+
+    Attributes:
+        names: class names [C]. chains: hypernym names of each class, root first.
+    """
+
+    names: list[str] = field(default_factory=list)
+    chains: list[tuple[str, ...]] = field(default_factory=list)
+
+    def node_ids(self, index: int) -> list[str]:
+        """Ids of a class's hypernyms and itself, root first; an id is the path so far."""
+        ids, path = [], ""
+        for name in (*self.chains[index], f"={self.names[index]}"):
+            path = f"{path}/{name}"
+            ids.append(path)
+        return ids
+
+    def parents(self) -> dict[str, str | None]:
+        """Tree for the metrics; classes are the leaves."""
+        table: dict[str, str | None] = {}
+        for i in range(len(self.names)):
+            above: str | None = None
+            for node in self.node_ids(i):
+                table[node] = above
+                above = node
+        return table
+
+    def leaf_ids(self) -> list[str]:
+        return [self.node_ids(i)[-1] for i in range(len(self.names))]
+
+
+class Pictures(Dataset):
+    """Decoded pictures in memory; an index list gives a batch.
+
+    Args:
+        pixels: uint8 [M, 3, S, S]. classes: [M] indices into a WorldTree. candidates: bool [M, L].
+    """
+
+    def __init__(self, pixels: np.ndarray, classes: Tensor, candidates: Tensor) -> None:
+        self.pixels, self.classes, self.candidates = pixels, classes, candidates
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: Any) -> dict[str, Tensor]:
+        return {
+            "pixels": torch.from_numpy(self.pixels[index]),
+            "classes": self.classes[index],
+            "candidates": self.candidates[index],
+        }
+
+
+class Texts(Dataset):
+    """Texts with candidate leaves; an index list gives a batch (tokens are made by the task)."""
+
+    def __init__(self, samples: Sequence[Sample], leaves: LeafSpace) -> None:
+        self.samples = list(samples)
+        cache: dict[tuple[str, ...], Tensor] = {}
+        for s in self.samples:
+            if s.nodes not in cache:
+                cache[s.nodes] = leaves.candidates(s.nodes)
+        self.candidates = torch.stack([cache[s.nodes] for s in self.samples])
+        self.concepts = torch.tensor(
+            [leaves.node_index.get(str(s.extra.get("concept")), -1) if not s.safe else -1
+             for s in self.samples]
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: Sequence[int]) -> dict[str, Any]:
+        return {
+            "texts": [str(self.samples[i].text) for i in index],
+            "candidates": self.candidates[index],
+            "concepts": self.concepts[index],
+        }
+
+
+class EmbedData(L.LightningDataModule):
+    """Pictures of everyday things and texts of risk and harmlessness, for the taxonomy objective.
+
+    Args:
+        data_dir: development data (``images/``, ``text/``); HYSAFE_DATA when None. With
+            ``pictures=False`` and ``text_sets=[]`` nothing outside the package is needed.
+        image_size: S.
+        image_batch, text_batch: items of each kind a step.
+        pictures: read Tiny-ImageNet and emoji.
+        text_sets: names of text sets in ``text/``; None: all permissive ones.
+        text_weights: how often each source is drawn.
+        rendered: number of rendered pictures of text.
+        limit: at most this many pictures and texts of each source (quick runs).
+        seed: of sampling and rendering.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | None = None,
+        image_size: int = 64,
+        image_batch: int = 128,
+        text_batch: int = 48,
+        pictures: bool = True,
+        text_sets: list[str] | None = None,
+        text_weights: dict[str, float] | None = None,
+        rendered: int = 1500,
+        limit: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.data_dir, self.image_size = data_dir, image_size
+        self.image_batch, self.text_batch = image_batch, text_batch
+        self.pictures, self.rendered, self.limit, self.seed = pictures, rendered, limit, seed
+        self.text_sets = list(permissive_sets()) if text_sets is None else text_sets
+        self.text_weights = text_weights or TEXT_WEIGHTS
+        self.taxonomy = load_taxonomy()
+        self.leaves = LeafSpace(self.taxonomy)
+        self.world = WorldTree()
+        self._ready = False
+
+    # ------------------------------------------------------------ reading
+
+    def setup(self, stage: str | None = None) -> None:
+        if self._ready:
+            return
+        self._read_texts()
+        self._read_pictures()
+        self._ready = True
+
+    def _read_texts(self) -> None:
+        train: dict[str, list[Sample]] = {"contrast": [], "background": []}
+        for s in contrast_set("train"):
+            train["background" if s.pair is None else "contrast"].append(s)
+        train["phrases"] = [
+            Sample(f"phrase-{n.id}-{i}", "phrases", phrase, None, (n.id,), not n.risky, None,
+                   {"concept": n.id} if n.kind == "concept" else {})
+            for n in self.taxonomy
+            if n.kind != "safe_domain"
+            for i, phrase in enumerate(n.phrases)
+        ]  # fmt: skip
+        self.held_out_texts: list[Sample] = []
+        for name in self.text_sets:
+            path = data_root(self.data_dir) / "text" / f"{name}.jsonl"
+            kept = []
+            for s in iter_samples(str(path), "hysafe_text"):
+                held = _share(f"{name}/{s.text}") < HELD_OUT_SHARE
+                (self.held_out_texts if held else kept).append(s)
+            train[name] = kept[: self.limit]
+        if self.limit:
+            train = {k: v[: self.limit] for k, v in train.items()}
+        self.train_texts = Texts([s for v in train.values() for s in v], self.leaves)
+        listed = [k for k in train if k in self.text_weights]
+        others = [k for k in train if k not in self.text_weights]
+        share = {k: self.text_weights[k] for k in listed}
+        share.update({k: self.text_weights.get("other", 0.0) / max(1, len(others)) for k in others})
+        self.draw_weights = torch.tensor(
+            [share[k] / len(v) for k, v in train.items() for _ in v], dtype=torch.double
+        )
+        self.validation_texts = contrast_set("validation")[: self.limit]
+
+    def _read_pictures(self) -> None:
+        size, rng = self.image_size, random.Random(self.seed)
+        pixels: list[np.ndarray] = []
+        classes: list[int] = []
+        nodes: list[tuple[str, ...]] = []
+        held: list[bool] = []
+        val_pixels, val_classes, val_nodes = [], [], []
+        if self.pictures:
+            root = data_root(self.data_dir) / "images"
+            names: dict[int, tuple[str, tuple[str, ...]]] = {}
+            for split in ("train", "val"):
+                location = str(root / "tiny_imagenet" / f"{split}*.parquet")
+                for s in iter_samples(location, "tiny_imagenet"):
+                    label = s.extra["label"]
+                    names[label] = (s.extra["name"], s.extra["hypernyms"])
+                    assert s.image is not None
+                    picture = to_pixels(decode(s.image), size)
+                    if split == "train":
+                        held.append(_share(hashlib.sha256(s.image).hexdigest()) < HELD_OUT_SHARE)
+                    target = (pixels, classes, nodes) if split == "train" else (
+                        val_pixels, val_classes, val_nodes)  # fmt: skip
+                    target[0].append(picture)
+                    target[1].append(label)
+                    target[2].append(s.nodes)
+                    if self.limit and len(target[0]) >= self.limit:
+                        break
+            known = sorted(names)
+            remap = {label: i for i, label in enumerate(known)}
+            classes[:] = [remap[x] for x in classes]
+            val_classes[:] = [remap[x] for x in val_classes]
+            self.world = WorldTree([names[k][0] for k in known], [names[k][1] for k in known])
+        self.photo_classes = len(self.world.names)
+        extra = self._drawn_pictures(rng)
+        for name, node, stack in extra:
+            index = len(self.world.names)
+            self.world.names.append(name)
+            self.world.chains.append(("abstraction", "depiction"))
+            for picture in stack:
+                pixels.append(picture)
+                classes.append(index)
+                nodes.append((node,))
+                held.append(rng.random() < HELD_OUT_SHARE)
+        masks = {n: self.leaves.candidates(n) for n in {*nodes, *val_nodes}}
+        candidates = torch.stack([masks[n] for n in nodes])
+        keep = ~torch.tensor(held) if len(held) > 200 else torch.ones(len(held), dtype=torch.bool)
+        stack, labels = np.stack(pixels), torch.tensor(classes)
+        k = keep.numpy()
+        self.train_pictures = Pictures(stack[k], labels[keep], candidates[keep])
+        self.held_out_pictures = Pictures(stack[~k], labels[~keep], candidates[~keep])
+        if val_pixels:
+            self.validation_pictures: Pictures | None = Pictures(
+                np.stack(val_pixels),
+                torch.tensor(val_classes),
+                torch.stack([masks[n] for n in val_nodes]),
+            )
+        else:
+            self.validation_pictures = None
+
+    def _drawn_pictures(self, rng: random.Random) -> list[tuple[str, str, np.ndarray]]:
+        """Rendered text, and emoji on plain backgrounds."""
+        texts = [str(s.text) for s in self.train_texts.samples]
+        chosen = [rng.choice(texts) for _ in range(self.rendered)]
+        made = [
+            (TEXT_PICTURE, "S.b11", render_text_pictures(chosen, self.image_size, seed=self.seed))
+        ]
+        if self.pictures:
+            path = data_root(self.data_dir) / "images" / "noto_emoji.parquet"
+            stack = []
+            for row in load_rows(str(path)).select(range(self.limit or 1257)):
+                stack.append(_on_background(image_bytes(row["image"]), self.image_size, rng))
+            made.append((ICON, "S.b12", np.stack(stack)))
+        return made
+
+    # ------------------------------------------------------------ loaders
+
+    def train_dataloader(self) -> CombinedLoader:
+        steps = max(1, len(self.train_pictures) // self.image_batch)
+        pictures = DataLoader(
+            self.train_pictures,
+            sampler=_Batches(len(self.train_pictures), self.image_batch, self.seed, None, steps),
+            batch_size=None,
+        )
+        texts = DataLoader(
+            self.train_texts,
+            sampler=_Batches(
+                len(self.train_texts), self.text_batch, self.seed + 1, self.draw_weights, steps
+            ),
+            batch_size=None,
+        )
+        return CombinedLoader({"image": pictures, "text": texts}, "min_size")
+
+
+class RoleData(L.LightningDataModule):
+    """Rows with one column per role, for the published presets.
+
+    Args:
+        location: hub id, Parquet or JSONL; e.g. columns ``safe, nsfw, safe_image, nsfw_image``.
+        columns: role -> column, e.g. ``{text: safe, image: safe_image, unsafe_text: nsfw, ...}``.
+        image_size, batch, workers, split: as usual.
+        limit: at most this many rows.
+    """
+
+    def __init__(
+        self,
+        location: str,
+        columns: dict[str, str],
+        image_size: int = 224,
+        batch: int = 128,
+        workers: int = 0,
+        split: str = "train",
+        limit: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.location, self.columns, self.image_size = location, columns, image_size
+        self.batch, self.workers, self.split, self.limit = batch, workers, split, limit
+        self.seed = seed
+
+    def setup(self, stage: str | None = None) -> None:
+        rows = load_rows(self.location, split=self.split)
+        missing = [c for c in self.columns.values() if c not in rows.column_names]
+        if missing:
+            raise ConfigError(
+                f"{self.location}: no column {', '.join(missing)}; it has {rows.column_names}."
+            )
+        self.rows = rows.select(range(min(self.limit or len(rows), len(rows))))
+
+    def train_dataloader(self) -> DataLoader:
+        generator = torch.Generator().manual_seed(self.seed)
+        return DataLoader(
+            self.rows,
+            batch_size=self.batch,
+            shuffle=True,
+            drop_last=True,
+            num_workers=self.workers,
+            collate_fn=self._collate,
+            generator=generator,
+        )
+
+    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = {}
+        for role, column in self.columns.items():
+            values = [r[column] for r in rows]
+            if isinstance(values[0], str) and not Path(values[0]).is_file():
+                batch[role] = values
+                continue
+            pictures = [to_pixels(decode(image_bytes(v) or b""), self.image_size) for v in values]
+            batch[role] = torch.from_numpy(np.stack(pictures))
+        return batch
+
+
+class _Batches(torch.utils.data.Sampler):
+    """Index lists: a shuffle without weights, draws with replacement with them; new every epoch."""
+
+    def __init__(
+        self, size: int, batch: int, seed: int, weights: Tensor | None, steps: int
+    ) -> None:
+        self.size, self.batch, self.weights, self.steps = size, min(batch, size), weights, steps
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Any:
+        if self.weights is None:
+            order = torch.randperm(self.size, generator=self.generator)
+        else:
+            order = torch.multinomial(
+                self.weights, self.steps * self.batch, replacement=True, generator=self.generator
+            )
+        for step in range(self.steps):
+            yield order[step * self.batch : (step + 1) * self.batch].tolist()
+
+
+def _share(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32
+
+
+def _on_background(data: bytes | None, size: int, rng: random.Random) -> np.ndarray:
+    import io
+
+    from PIL import Image
+
+    icon = Image.open(io.BytesIO(data or b"")).convert("RGBA")
+    back = Image.new("RGB", icon.size, tuple(rng.randint(0, 255) for _ in range(3)))
+    if rng.random() < 0.4:
+        back.paste((255, 255, 255), (0, 0, *icon.size))
+    back.paste(icon, (0, 0), icon)
+    return np.asarray(back.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)

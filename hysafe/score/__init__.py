@@ -1,0 +1,1 @@
+"""Scores: cones to probabilities, calibration, novelty, triage."""
