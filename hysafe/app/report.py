@@ -514,14 +514,7 @@ def _why(result: Mapping[str, Any], paths: Sequence[Mapping[str, Any]]) -> str:
         return reason[:1].upper() + reason[1:] + ("" if reason.endswith((".", "!", "?")) else ".")
     if result["rating"] == "safe":
         return "No active node reaches its threshold."
-    if not paths:
-        return "No active node holds it."
-    inside = "inside" if paths[0]["in_cone"] else "outside"
-    lead = "Unsafe" if result["rating"] == "unsafe" else "For review"
-    return (
-        f"{lead}: {' › '.join(map(str, paths[0]['path']))} with score "
-        f"{_probability(paths[0]['score'])}, {inside} the node's cone."
-    )
+    return "" if paths else "No active node holds it."
 
 
 def _channel_words(channels: Mapping[str, Any], nodes: _Nodes) -> str:

@@ -18,7 +18,6 @@ from hysafe.geometry import BoundedScalar, Points, get_space
 from hysafe.loss import (
     TaxonomyWeights,
     candidate_cross_entropy,
-    entailment,
     item_cones,
     node_cones,
     preset_loss,
@@ -134,10 +133,13 @@ class TaxonomyTask(EncoderTask):
         weights: of the taxonomy terms.
         image_weight: of picture-to-class-text cross entropy.
         image_leaf_weight: of the taxonomy terms for pictures.
-        class_entail: of "class text entails picture" and "hypernym entails class text".
+        class_entail: of "hypernym entails picture" and "hypernym entails class text". Class texts
+            themselves entail nothing: that pulls them to the origin, where no distance tells them
+            apart.
         concept_weight: of the concept within the category, where known.
         label_smoothing: of the picture classes.
         text_dropout: on text features, before the head.
+        text_every: texts take part in every n-th step, with n times the weight.
         train_sizes: [[share of training from which on, side], ...]: smaller pictures first.
         refresh_every: steps between re-encodings of all phrases (nodes, classes, hypernyms); in
             between the head moves and the tower's phrase features stand still.
@@ -154,6 +156,7 @@ class TaxonomyTask(EncoderTask):
         concept_weight: float = 0.2,
         label_smoothing: float = 0.1,
         text_dropout: float = 0.1,
+        text_every: int = 1,
         train_sizes: list[list[float]] = [[0.0, 64]],  # noqa: B006 - read only
         refresh_every: int = 400,
         monitor_every: int = 200,
@@ -178,7 +181,7 @@ class TaxonomyTask(EncoderTask):
         self.weights, self.image_weight = weights, image_weight
         self.image_leaf_weight, self.class_entail = image_leaf_weight, class_entail
         self.concept_weight, self.label_smoothing = concept_weight, label_smoothing
-        self.text_dropout = text_dropout
+        self.text_dropout, self.text_every = text_dropout, text_every
         self.train_sizes, self.augment = train_sizes, augment
         self.refresh_every, self.monitor_every = refresh_every, monitor_every
 
@@ -204,7 +207,9 @@ class TaxonomyTask(EncoderTask):
                 edges.append((hypernyms[node], i))
         self._hypernym_phrases = texts
         self._hypernym_depth = torch.tensor(depths)
-        self._hypernym_edges = torch.tensor(edges).reshape(-1, 2)
+        self._ancestors = torch.zeros(len(world.names), len(texts), dtype=torch.bool)
+        for hypernym, i in edges:
+            self._ancestors[i, hypernym] = True
         concept_ids = [n.id for n in data.taxonomy.concepts]
         self._concepts = torch.tensor([leaves.node_index[c] for c in concept_ids])
         owner = [leaves.node_index[str(data.taxonomy[c].parent)] for c in concept_ids]
@@ -230,7 +235,7 @@ class TaxonomyTask(EncoderTask):
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def on_train_start(self) -> None:
-        for name in ("_edges", "_siblings", "_hypernym_depth", "_hypernym_edges", "_concepts",
+        for name in ("_edges", "_siblings", "_hypernym_depth", "_ancestors", "_concepts",
                      "_concept_parent"):  # fmt: skip
             setattr(self, name, getattr(self, name).to(self.device))
         leaves = self._leaves
@@ -247,23 +252,29 @@ class TaxonomyTask(EncoderTask):
         encoder, c = self.encoder, self.encoder.curvature()
         pixels = self._augment(pictures["pixels"])
         image = encoder.encode_image(pixels).space
-        text = encoder.lift("text", self._text_features(texts["texts"])).space
+        spoken = self.global_step % self.text_every == 0
+        if spoken:
+            text = encoder.lift("text", self._text_features(texts["texts"])).space
         nodes = encoder.place_nodes(self._node_features, self._leaves.depth).space
         terms = self._image_terms(image, pictures["classes"], c)
-        terms.update(self._item_terms("text", text, texts["candidates"], nodes, c))
         terms.update(self._item_terms("image", image, pictures["candidates"], nodes, c))
-        terms["concept"] = self._concept_term(text, texts["concepts"], nodes, c)
+        kinds = [("image", self.image_leaf_weight)]
+        concept = image.sum() * 0
+        if spoken:
+            terms.update(self._item_terms("text", text, texts["candidates"], nodes, c))
+            terms["concept"] = concept = self._concept_term(text, texts["concepts"], nodes, c)
+            kinds.append(("text", float(self.text_every)))
         edge, sibling = node_cones(nodes, self._edges, self._siblings, c, space=self.space)
         terms["edge"], terms["sibling"] = edge, sibling
         w = self.weights
         loss = self.image_weight * terms["class"] + self.class_entail * terms["class_entail"]
-        for kind, factor in (("text", 1.0), ("image", self.image_leaf_weight)):
+        for kind, factor in kinds:
             loss = loss + factor * (
                 w.leaf * terms[f"{kind}_leaf"]
                 + w.inside * terms[f"{kind}_inside"]
                 + w.outside * terms[f"{kind}_outside"]
             )
-        loss = loss + w.edge * edge + w.sibling * sibling + self.concept_weight * terms["concept"]
+        loss = loss + w.edge * edge + w.sibling * sibling + self.concept_weight * concept
         if self.global_step % 20 == 0:
             self.log_terms({"loss": loss, **terms})
             self.log("loss", loss.detach(), prog_bar=True, logger=False)
@@ -295,12 +306,10 @@ class TaxonomyTask(EncoderTask):
         hypernyms = encoder.node_head.place(
             self._hypernym_features, self._hypernym_depth, c, encoder.space
         )
-        e = self._hypernym_edges
-        entail = entailment(prototypes[classes], image, c, space=self.space)
-        if len(e):
-            entail = entail + entailment(
-                hypernyms[e[:, 0]], prototypes[e[:, 1]], c, space=self.space
-            )
+        entail = term * 0
+        for items, of in ((image, classes), (prototypes, torch.arange(len(prototypes)))):
+            margins = self.space.pairwise_margin(hypernyms, items, c)
+            entail = entail + F.relu(-margins[self._ancestors[of.to(self._ancestors.device)]]).mean()
         return {"class": term, "class_entail": entail}
 
     def _item_terms(
@@ -455,7 +464,7 @@ class PresetTask(EncoderTask):
 
 
 def random_resized_crop_flip(
-    pixels: Tensor, size: int, *, scale: tuple[float, float] = (0.35, 1.0)
+    pixels: Tensor, size: int, *, scale: tuple[float, float] = (0.45, 1.0)
 ) -> Tensor:
     """Random crop (area share in `scale`, aspect 3/4 to 4/3), resize, flip; each picture its own.
 

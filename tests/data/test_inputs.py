@@ -11,6 +11,8 @@ import re
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,7 +21,7 @@ import pytest
 from PIL import Image
 
 from hysafe.data.decoding import decode_items
-from hysafe.data.files import MAX_TEXT_BYTES, kind_of
+from hysafe.data.files import MAX_TEXT_BYTES, kind_of, read_lines, read_picture
 from hysafe.data.images import content_hash
 from hysafe.data.inputs import InputReader, check_paths, iter_items
 from hysafe.errors import ConfigError, InputError
@@ -53,6 +55,18 @@ def ids(items: list[Item]) -> list[str]:
     found = [item.id for item in items]
     assert len(set(found)) == len(found)
     return found
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """A list that holds the most bytes Python had allocated, once the block is left."""
+    peak: list[int] = []
+    tracemalloc.start()
+    try:
+        yield peak
+        peak.append(tracemalloc.get_traced_memory()[1])
+    finally:
+        tracemalloc.stop()
 
 
 # --------------------------------------------------------------------------- files and folders
@@ -134,7 +148,7 @@ def test_names_that_are_no_utf8_can_be_written(tmp_path: Path) -> None:
 
 
 def test_content_decides_and_not_the_suffix(tmp_path: Path) -> None:
-    names = {"a.txt": "PNG", "b": "JPEG", "c.pdf": "GIF", "d.jpg": "WEBP", "e.md": "BMP"}
+    names = {"a.txt": "PNG", "b": "JPEG", "c.pdf": "GIF", "d.dat": "WEBP", "e.md": "BMP"}
     names |= {"f.jsonl": "TIFF"}
     for name, format in names.items():
         (tmp_path / name).write_bytes(picture(format))
@@ -181,6 +195,7 @@ def test_link_loops_end_and_linked_folders_are_read_once(tmp_path: Path) -> None
     (inside / "deep" / "a.png").write_bytes(picture())
     (outside / "sub" / "b.png").write_bytes(picture())
     (inside / "deep" / "loop").symlink_to(inside)
+    (tmp_path / "beside.png").write_bytes(picture())
     (inside / "up").symlink_to(tmp_path)
     (inside / "again").symlink_to(inside / "deep")
     (inside / "other").symlink_to(outside)
@@ -264,12 +279,28 @@ def test_empty_and_oversized_pictures_are_error_rows(tmp_path: Path) -> None:
     with open(tmp_path / "b.png", "wb") as stream:
         stream.truncate(10 << 30)  # sparse: takes no room, and must not be read
     (tmp_path / "c.png").write_bytes(picture())
-    items = read(tmp_path)
+    with peak_memory() as peak:
+        items = read(tmp_path)
+    assert peak[0] < 1 << 20
     assert "empty" in error_of(items[0])
     assert "10,737,418,240 bytes" in error_of(items[1])
     assert items[2].error is None
     (small,) = InputReader([str(tmp_path / "c.png")], max_file_bytes=20)
     assert "more than the 20 allowed" in error_of(small)
+
+
+def test_a_file_that_grows_while_it_is_read_is_read_to_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"x" * 50)
+    real = os.fstat
+    monkeypatch.setattr(os, "fstat", lambda fd: os.stat_result((*real(fd)[:6], 10, *real(fd)[7:])))
+    with open(path, "rb") as stream:
+        assert read_picture(stream, str(path), limit=50) == b"x" * 50
+        stream.seek(0)
+        with pytest.raises(InputError, match="more than the 49 allowed"):
+            read_picture(stream, str(path), limit=49)
 
 
 def test_folders_nested_deeper_than_python_recurses(tmp_path: Path) -> None:
@@ -386,8 +417,26 @@ def test_wide_encodings_are_errors_and_never_garbage(
 ) -> None:
     (tmp_path / name).write_bytes('{"text": "one"}\n{"text": "two"}\n'.encode(encoding))
     items = read(tmp_path)
-    assert items
     assert all("UTF-16" in error_of(item) for item in items)
+    # Where a byte order mark tells, it is one row; else every line is one.
+    assert len(items) == (1 if encoding in ("utf-16", "utf-32") else 2 + encoding.endswith("le"))
+
+
+def test_standard_input_that_cannot_be_read_is_one_error_row() -> None:
+    (item,) = read("-", stdin=io.BytesIO("words\nmore\n".encode("utf-16")))
+    assert "UTF-16" in error_of(item)
+    assert item.id == "-"
+
+
+def test_lines_are_cut_at_the_limit_and_counted() -> None:
+    stream = io.BytesIO(b"12345\n1234\r\n123456789\n\n12345")
+    assert list(read_lines(stream, "name", limit=4)) == [
+        (1, None),
+        (2, b"1234"),
+        (3, None),
+        (4, b""),
+        (5, None),
+    ]
 
 
 def test_a_line_over_the_limit_is_an_error_row_in_bounded_memory(tmp_path: Path) -> None:
@@ -397,11 +446,9 @@ def test_a_line_over_the_limit_is_an_error_row_in_bounded_memory(tmp_path: Path)
         for _ in range(40):
             stream.write(b"x" * (1 << 20))
         stream.write(b"\nafter\n" + b"z" * 1_000_000)
-    tracemalloc.start()
-    items = read(path)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 4 << 20
+    with peak_memory() as peak:
+        items = read(path)
+    assert peak[0] < 4 << 20
     assert [item.text for item in items] == ["before", None, "between", None, "after", None]
     assert all("longer than the 262,144 bytes" in error_of(item) for item in items[1::2])
     assert [item.id for item in items] == [f"t.txt#{n}" for n in range(1, 7)]
@@ -472,7 +519,7 @@ def test_jsonl_holds_texts_pictures_and_both(tmp_path: Path) -> None:
         ('{"image": 7}', "holds int"),
         ('{"image": {"bytes": "###"}}', "not base64"),
         ('{"image": "data:image/png;base64,"}', "empty"),
-        ('{"image": "data:image/svg+xml,%3Csvg/%3E"}', "not base64"),
+        ('{"image": "data:image/svg+xml,%3Csvg/%3E"}', "data URI is not base64"),
         ('{"image": "gone.png"}', "FileNotFoundError.*gone.png"),
         (r'{"image": "a\u0000b.png"}', "cannot be read"),
         (r'{"image": "a\ud800b.png"}', "cannot be read"),
@@ -667,6 +714,9 @@ def test_parquet_texts_and_pictures_over_the_limit_are_error_rows(tmp_path: Path
     assert "longer than" in error_of(first)
     assert "empty" in error_of(second)
     assert second.text == "ok"
+    path = parquet(tmp_path, pa.table({"image": [picture()]}))
+    (item,) = InputReader([str(path)], max_file_bytes=20)
+    assert "more than the 20 allowed" in error_of(item)
 
 
 READ_AND_REPORT = """

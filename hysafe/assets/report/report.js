@@ -125,8 +125,8 @@
   const capital = (s) => s[0].toUpperCase() + s.slice(1);
 
   function thumb(item) {
-    if (item.thumb === "withheld") return el("div", { class: "thumb empty" }, "Picture not stored here");
-    if (!item.thumb) return el("div", { class: "thumb empty", "aria-hidden": "true" }, item.kind === "text" ? "Text" : "No picture");
+    if (item.thumb === "withheld") return el("div", { class: "thumb empty withheld" }, "Picture not stored here");
+    if (!item.thumb) return el("div", { class: item.kind === "text" ? "thumb empty text" : "thumb empty", "aria-hidden": "true" }, item.kind === "text" ? "Text" : "No picture");
     const image = el("img", { alt: "", src: `data:image/jpeg;base64,${item.thumb}`, decoding: "async" });
     const word = el("span", {}, "Show");
     const box = button({ class: "thumb", "aria-pressed": "false", "aria-label": `Show the picture ${item.name}`, onclick: () => {
@@ -160,8 +160,8 @@
     const meter = el("i");
     meter.style.width = `${100 * (score ?? 0)}%`;
     const name = i < 0 ? el("span", {}, label) : button({ title: "Filter by this node", onclick: () => change({ node: i, only: null }) }, label);
-    return el("li", {}, el("span", {}, name, el("span", { class: "in" }, inside ? "inside the cone" : "outside the cone")),
-      el("span", { class: "score" }, el("span", { class: "meter", "aria-hidden": "true" }, meter), el("span", {}, score === null ? "–" : p2(score))));
+    return el("li", {}, name,
+      el("span", { class: "score" }, el("span", { class: "meter", "aria-hidden": "true" }, meter), el("span", {}, score === null ? "–" : p2(score)), el("span", { class: "in" }, inside ? "inside its cone" : "outside its cone")));
   }
 
   function nearLine([i, name, rating, distance]) {
@@ -174,8 +174,11 @@
   function card(item, index) {
     const rate = el("span", { class: `badge ${item.rating}` }, markOf(item.error ? "error" : item.rating), capital(item.rating),
       item.p === null ? null : el("span", { class: "p", title: "Calibrated probability of risk" }, p2(item.p)));
-    const facts = [["Channel", item.channel], ["Novelty", item.novelty]].filter((f) => f[1]).map((f) => el("div", {}, el("dt", {}, f[0]), el("dd", {}, f[1])));
-    if (item.near.length) facts.push(el("div", {}, el("dt", {}, "Nearest"), el("dd", {}, el("ul", { class: "near" }, ...item.near.map(nearLine)))));
+    const lines = item.paths.length ? el("ul", { class: "nodes" }, ...item.paths.map(nodeLine)) : null;
+    if (item.more) lines.append(el("li", { class: "meta" }, `and ${plural(item.more, "more node", "more nodes")}`));
+    const near = item.near.length ? el("ul", { class: "near" }, ...item.near.map(nearLine)) : null;
+    const facts = [["Nodes", lines], ["Channel", item.channel], ["Novelty", item.novelty], ["Nearest", near]]
+      .filter((f) => f[1]).map((f) => el("div", {}, el("dt", {}, f[0]), el("dd", {}, f[1])));
     const radius = item.radius === null ? "" : ` · radius ${item.radius.toFixed(2)}`;
     const place = item.source.endsWith(item.name) && item.source !== item.name ? item.source : item.id;
     return el("li", { class: "card", id: `item-${index}`, tabindex: "-1" }, thumb(item),
@@ -184,9 +187,7 @@
           el("p", { class: "meta" }, el("bdi", {}, place), ` · ${KIND_WORDS[item.kind]}${radius}`)), rate),
         quote(item.text, ""),
         quote(item.read, "Text read in the picture"),
-        el("p", { class: item.error ? "why problem hostile" : "why" }, item.why),
-        item.paths.length ? el("ul", { class: "nodes", "aria-label": "Nodes that apply" }, ...item.paths.map(nodeLine)) : null,
-        item.more ? el("p", { class: "meta" }, `and ${plural(item.more, "more node", "more nodes")}`) : null,
+        item.why ? el("p", { class: item.error ? "why problem hostile" : "why hostile" }, item.why) : null,
         facts.length ? el("dl", { class: "reasons" }, ...facts) : null));
   }
 
@@ -320,10 +321,9 @@
     pen.stroke();
   }
 
-  function ring(rho, label, colours) { // a circle about the origin stays a circle under the view
+  function ring(rho, label) { // a circle about the origin stays a circle under the view
     const origin = mapped([0, 0]), n = Math.hypot(...origin), way = n > 1e-6 ? [origin[0] / n, origin[1] / n] : [1, 0];
-    // pull the direction back by testing both ends of the diameter that maps onto the ray of the origin
-    let a, b;
+    let a, b; // ends of the diameter on the ray through the moved origin
     if (flat) { a = add(origin, [rho, 0]); b = add(origin, [-rho, 0]); }
     else {
       const shift = (s) => over([origin[0] + way[0] * s, origin[1] + way[1] * s], [1 + n * s, 0]);
@@ -332,8 +332,9 @@
     const x = box.x + ((a[0] + b[0]) / 2) * box.r * zoom, y = box.y - ((a[1] + b[1]) / 2) * box.r * zoom;
     const r = (Math.hypot(a[0] - b[0], a[1] - b[1]) / 2) * box.r * zoom;
     pen.beginPath(); pen.arc(x, y, r, 0, 2 * Math.PI); pen.stroke();
-    if (label && r > 24) { pen.fillStyle = colours.muted; pen.fillText(label, x, y - r - 2); }
+    if (r > 24) ringLabels.push([label, x, y - r - 2]);
   }
+  let ringLabels = [];
 
   function dotShape(d, x, y, r) {
     pen.beginPath();
@@ -367,7 +368,8 @@
     pen.clip();
     pen.strokeStyle = colours.line; pen.lineWidth = 1; pen.setLineDash([2, 4]);
     pen.font = `11px ${font}`; pen.textAlign = "center"; pen.textBaseline = "bottom";
-    data.rings.forEach(([radius, rho]) => ring(rho, `radius ${+radius.toFixed(2)}`, colours));
+    ringLabels = [];
+    data.rings.forEach(([radius, rho]) => ring(rho, `radius ${+radius.toFixed(2)}`));
     pen.setLineDash([]);
 
     const focus = hover && hover.node !== undefined ? hover.node : state.node !== null && state.node >= 0 ? state.node : -1;
@@ -400,14 +402,17 @@
     for (const i of placed) {
       const n = nodes[i], concept = n.kind === "concept";
       if (concept && !(focus >= 0 && (i === focus || n.parent === focus))) continue;
-      const [x, y] = screen(n.at), domain = n.parent < 0;
+      const [x, y] = screen(n.at), domain = n.parent < 0, half = narrow ? 4 : 5.5;
       pen.globalAlpha = lit(i) ? 1 : 0.4;
       pen.beginPath();
-      if (domain) pen.roundRect(x - 5.5, y - 5.5, 11, 11, 3);
-      else pen.arc(x, y, risky(n) && !concept ? 4.2 : 2.4, 0, 2 * Math.PI);
+      if (domain) pen.roundRect(x - half, y - half, 2 * half, 2 * half, 3);
+      else pen.arc(x, y, risky(n) && !concept ? (narrow ? 2.8 : 3.8) : 2.2, 0, 2 * Math.PI);
       pen.fillStyle = colours.panel; pen.fill();
       pen.strokeStyle = domainColour(i); pen.lineWidth = i === focus ? 4 : domain ? 3 : risky(n) && !concept ? 2.2 : 1.2; pen.stroke();
     }
+    pen.globalAlpha = 1;
+    pen.strokeStyle = colours.disk; pen.lineWidth = 4; pen.lineJoin = "round"; pen.fillStyle = colours.muted;
+    for (const label of ringLabels) { pen.strokeText(...label); pen.fillText(...label); }
     if (hover && hover.dot) {
       const [x, y] = screen([hover.dot.x, hover.dot.y]);
       pen.globalAlpha = 1; pen.strokeStyle = colours.ink; pen.lineWidth = 2;

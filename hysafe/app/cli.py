@@ -1,0 +1,315 @@
+"""The command line. Heavy imports happen inside the commands, so that --help is quick.
+
+Exit codes: 0 the command finished (whatever it found); 1 it failed, with one line that says why;
+2 a wrong option, path or setting, with one line; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hysafe import __version__
+from hysafe.errors import (
+    ConfigError,
+    HysafeError,
+    InputError,
+    MissingExtraError,
+    ModelError,
+    TaxonomyError,
+)
+
+if TYPE_CHECKING:
+    from hysafe.app.scan import ScanSummary
+
+__all__ = ["main"]
+
+USAGE_ERRORS = (ConfigError, InputError, MissingExtraError, ModelError, TaxonomyError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    logging.basicConfig(
+        level=logging.INFO if arguments.verbose else logging.WARNING,
+        format="%(name)s: %(message)s",
+    )
+    _quiet_libraries(arguments.verbose)
+    try:
+        return int(arguments.run(arguments))
+    except USAGE_ERRORS as error:
+        return _fail(error, 2)
+    except HysafeError as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        print("hysafe: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"hysafe: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """A wrong option is one line and exit code 2."""
+
+    def error(self, message: str) -> Any:
+        print(f"{self.prog}: {message}. Try: {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(
+        prog="hysafe",
+        description="Content safety in hyperbolic space: judge collections of pictures and texts "
+        "against a safety taxonomy.",
+    )
+    parser.add_argument("--version", action="version", version=f"hysafe {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_OneLineParser)
+
+    scan = commands.add_parser("scan", help="judge pictures and texts, write results and a report")
+    scan.add_argument("paths", nargs="+", metavar="PATH",
+                      help="picture, folder, .parquet, .jsonl, .txt, or - for lines of stdin")  # fmt: skip
+    scan.add_argument("--out", required=True, type=Path, metavar="DIR", help="output folder")
+    _add_scan_options(scan)
+    scan.add_argument("--text-column", metavar="NAME", help="of tables; found by name if not given")
+    scan.add_argument("--image-column", metavar="NAME", help="of tables; found by name if not given")
+    scan.add_argument("--title", default="", help="of the report")
+    scan.set_defaults(run=_scan)
+
+    demo = commands.add_parser("demo", help="scan the bundled demo collection")
+    demo.add_argument("--out", type=Path, default=Path("hysafe-demo"), metavar="DIR",
+                      help="output folder (default: hysafe-demo)")  # fmt: skip
+    demo.add_argument("--open", action="store_true", help="open the report in a browser")
+    _add_scan_options(demo)
+    demo.set_defaults(run=_demo)
+
+    tree = commands.add_parser("taxonomy", help="show the taxonomy, a node, or check a policy")
+    tree.add_argument("node", nargs="?", help="node id, e.g. D6 or 6.1")
+    tree.add_argument("--policy", type=Path, metavar="FILE", help="policy to apply")
+    tree.add_argument("--taxonomy", type=Path, metavar="FILE", help="another taxonomy YAML")
+    tree.add_argument("--verbose", action="store_true")
+    tree.set_defaults(run=_taxonomy)
+
+    evaluate = commands.add_parser("eval", help="figures of a model on validation data")
+    evaluate.add_argument("suite", choices=["card"], help="card: the figures of the model card")
+    evaluate.add_argument("--model", default="mini", help="mini, a folder, open_clip:ARCH/TAG")
+    evaluate.add_argument("--control", metavar="DIR", help="Euclidean control to stand beside it")
+    evaluate.add_argument("--data", metavar="DIR", help="development data (default: HYSAFE_DATA)")
+    evaluate.add_argument("--fit", action="store_true",
+                          help="fit the calibration of a model folder first, and store it there")  # fmt: skip
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="write card.json and card.md here")
+    evaluate.add_argument("--verbose", action="store_true")
+    evaluate.set_defaults(run=_evaluate)
+    return parser
+
+
+def _add_scan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--policy", type=Path, metavar="FILE", help="policy YAML over the taxonomy")
+    parser.add_argument("--taxonomy", type=Path, metavar="FILE", help="another taxonomy YAML")
+    parser.add_argument("--model", default="mini",
+                        help="mini (default), a model folder, a hub id, or open_clip:ARCH/TAG")  # fmt: skip
+    parser.add_argument("--ocr", action=argparse.BooleanOptionalAction, default=None,
+                        help="read text in pictures (default: if the extra [ocr] is installed)")  # fmt: skip
+    parser.add_argument("--workers", type=int, default=None, metavar="N",
+                        help="decode processes (default: cores - 1, at least 1; 0: none)")  # fmt: skip
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="items a batch")
+    parser.add_argument("--no-report", dest="report", action="store_false", help="skip report.html")
+    parser.add_argument("--verbose", action="store_true", help="log what happens")
+
+
+# ---------------------------------------------------------------- commands
+
+
+def _scan(arguments: argparse.Namespace) -> int:
+    from hysafe.data.inputs import check_paths
+
+    check_paths(
+        arguments.paths, text_column=arguments.text_column, image_column=arguments.image_column
+    )
+    summary, seconds = _run_scan(
+        arguments, arguments.paths, arguments.title,
+        text_column=arguments.text_column, image_column=arguments.image_column,
+    )  # fmt: skip
+    _print_summary(summary, seconds, arguments.report)
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from importlib import resources
+
+    with resources.as_file(resources.files("hysafe.assets") / "demo") as folder:
+        paths = [str(folder / "images"), str(folder / "texts.jsonl")]
+        summary, seconds = _run_scan(arguments, paths, "hysafe demo")
+    _print_summary(summary, seconds, arguments.report)
+    if arguments.open and arguments.report:
+        import webbrowser
+
+        webbrowser.open((summary.out / "report.html").resolve().as_uri())
+    return 0
+
+
+def _run_scan(
+    arguments: argparse.Namespace, paths: Sequence[str], title: str, **columns: Any
+) -> tuple[ScanSummary, float]:
+    if arguments.batch < 1 or (arguments.workers is not None and arguments.workers < 0):
+        raise ConfigError("--batch must be at least 1 and --workers at least 0.")
+    from hysafe.taxonomy import Policy, load_taxonomy
+
+    # settings are checked before the model is loaded
+    policy = Policy.load(arguments.policy) if arguments.policy else None
+    taxonomy = load_taxonomy(arguments.taxonomy)
+    if policy is not None:
+        policy.apply(taxonomy)
+    ocr = _ocr(arguments.ocr)
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+    from rich.progress import TimeElapsedColumn
+
+    console = Console(stderr=True)
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TimeElapsedColumn(), console=console, disable=not console.is_terminal, transient=True,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("loading the model", total=None)
+        from hysafe.app.pipeline import ScanOptions, load
+        from hysafe.app.scan import scan
+
+        model = load(arguments.model, taxonomy=arguments.taxonomy)
+        if not model.calibration.fitted:
+            print(
+                f"hysafe: {arguments.model} is not calibrated: scores rank, they are no "
+                "probabilities, and novelty has no p-values.",
+                file=sys.stderr,
+            )
+        bar.update(task, description="judging")
+        workers = arguments.workers
+        if workers is None:
+            workers = max(1, (os.cpu_count() or 2) - 1)
+        start = time.perf_counter()
+        summary = scan(
+            paths, arguments.out, model, policy=policy, ocr=ocr,
+            options=ScanOptions(arguments.batch, workers), report=arguments.report,
+            title=title, progress=lambda n: bar.update(task, completed=n), **columns,
+        )  # fmt: skip
+    return summary, time.perf_counter() - start
+
+
+def _ocr(wanted: bool | None) -> Any | None:
+    """The reader of text in pictures; None where it is off or (unasked) not installed."""
+    if wanted is False:
+        return None
+    from hysafe.data.ocr import Ocr
+
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    cache = Path(base) / "hysafe" / "ocr.sqlite3"
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        return Ocr(cache=cache)
+    except OSError:
+        return Ocr()
+    except MissingExtraError:
+        if wanted:
+            raise
+        print(
+            "hysafe: text in pictures is not read: pip install 'hysafe[ocr]' (or --no-ocr).",
+            file=sys.stderr,
+        )
+        return None
+
+
+def _print_summary(summary: ScanSummary, seconds: float, report: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from hysafe.taxonomy import load_taxonomy
+
+    taxonomy = load_taxonomy()
+    table = Table(title=f"{summary.items} items in {seconds:.1f} s")
+    table.add_column("rating")
+    table.add_column("items", justify="right")
+    for rating in ("unsafe", "review", "safe"):
+        table.add_row(rating, str(summary.ratings[rating]))
+    if summary.errors:
+        table.add_row("of these with an error", str(sum(summary.errors.values())))
+    console = Console()
+    console.print(table)
+    if summary.nodes:
+        top = Table(title="what was found")
+        top.add_column("node")
+        top.add_column("name")
+        top.add_column("items", justify="right")
+        for node, count in summary.nodes.most_common(8):
+            name = taxonomy[node].name if node in taxonomy else ""
+            top.add_row(node, name, str(count))
+        console.print(top)
+    if summary.skipped:
+        console.print(f"{summary.skipped} files were neither pictures nor texts and were left out.")
+    shown = "results.jsonl, items.lance" + (", report.html" if report else "")
+    console.print(f"{summary.out}/: {shown}", highlight=False)
+
+
+def _taxonomy(arguments: argparse.Namespace) -> int:
+    from hysafe.taxonomy import Policy, load_taxonomy
+
+    taxonomy = load_taxonomy(arguments.taxonomy)
+    policy = Policy.load(arguments.policy) if arguments.policy else Policy()
+    view = policy.apply(taxonomy)
+    if arguments.node is None:
+        print(f"{view.taxonomy!r}  hash {view.taxonomy.hash}  policy {policy.name} {policy.hash}")
+        for node in view.taxonomy:
+            if node.kind in ("domain", "category"):
+                mark = "" if view.active(node.id) else "  [off]"
+                indent = "" if node.kind == "domain" else "   "
+                print(f"{indent}{node.id:<5} {node.name}{mark}")
+        return 0
+    node = view.taxonomy[arguments.node]
+    print(f"{node.id}  {view.taxonomy.path(node.id)}\n{node.definition}")
+    print(f"status {view.status(node.id)}, unsafe from {view.threshold(node.id):g}")
+    for title, values in (
+        ("synonyms", node.synonyms), ("should not", node.should_not), ("can", node.can),
+    ):  # fmt: skip
+        if values:
+            print(f"{title}: " + "; ".join(values))
+    for scheme, found in sorted(node.crosswalk.items()):
+        print(f"{scheme}: {', '.join(found)}")
+    if node.sibling:
+        print(f"benign sibling: {view.taxonomy[node.sibling].name}")
+    for child in view.taxonomy.children(node.id):
+        print(f"   {child.id:<7} {child.name}")
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from hysafe.app.card import evaluate_card
+
+    return evaluate_card(
+        arguments.model, control=arguments.control, data=arguments.data, fit=arguments.fit,
+        out=arguments.out,
+    )  # fmt: skip
+
+
+def _quiet_libraries(verbose: bool) -> None:
+    """Progress bars and reports of libraries do not belong into a user's terminal."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        logging.getLogger("root").setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
