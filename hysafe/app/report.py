@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from hysafe.errors import ConfigError, ShapeError
-from hysafe.geometry import get_space
+from hysafe.geometry import get_space, lorentz
 from hysafe.taxonomy import Taxonomy
 
 __all__ = ["DiskLayout", "ReportData", "disk_layout", "nearest_items", "write_report"]
@@ -37,12 +37,14 @@ MODALITIES = ("image", "text", "image+text")
 NEIGHBOURS = 3
 # Pairs of points compared at once: 256 x 16,384 doubles are 32 MiB.
 QUERY_BLOCK, POINT_BLOCK = 256, 16384
+SHORTLIST = 8
 # Dots on the disk; above, every rating keeps its share and at least MIN_DOTS items.
 MAX_DOTS, MIN_DOTS = 2500, 300
 # p-value at or below which the report calls an item novel.
 NOVEL_AT = 0.05
-# What one item may show: characters of text, of text read in the picture, nodes, error rows.
-MAX_TEXT, MAX_READ, MAX_PATHS, MAX_ERRORS = 4000, 1500, 4, 500
+# What one item may show: characters of its text, of the text read in its picture, of a message;
+# nodes. Rows in the list of errors.
+MAX_TEXT, MAX_READ, MAX_MESSAGE, MAX_PATHS, MAX_ERRORS = 4000, 1500, 500, 4, 500
 # Softmax weight of a standard deviation of direction cosine when an item is turned towards nodes.
 TURN = 2.0
 # Share of the disk used where a flat space has no rim, and of a sector that stays empty.
@@ -149,9 +151,7 @@ def disk_layout(
     step = next((s for s in RING_STEPS if reach / s <= 5), reach)
     steps = np.arange(1, int(reach / step) + 1) * step
     rings = tuple((float(s), float(shrink(np.array(s)))) for s in steps)
-    return DiskLayout(
-        _polar(shrink(node_radii), node_angles), _polar(shrink(radii), angles), rings
-    )
+    return DiskLayout(_polar(shrink(node_radii), node_angles), _polar(shrink(radii), angles), rings)
 
 
 def nearest_items(
@@ -181,26 +181,8 @@ def nearest_items(
     wanted = [row for row in rows if row in group_of]
     if not wanted:
         return {}
-    space = get_space(geometry)
-    points = space.exp_map0(torch.from_numpy(tangents[[same[0] for same in members]]), c)
-    queries = sorted({group_of[row] for row in wanted})
-    near: dict[int, list[tuple[int, float]]] = {}
-    for start in range(0, len(queries), QUERY_BLOCK):
-        block = torch.tensor(queries[start : start + QUERY_BLOCK])
-        best = torch.full((len(block), 0), torch.inf)
-        index = torch.zeros((len(block), 0), dtype=torch.long)
-        for low in range(0, len(points), POINT_BLOCK):
-            other = points[low : low + POINT_BLOCK]
-            distance = space.pairwise_dist(points[block], other, c).nan_to_num(nan=torch.inf)
-            best = torch.cat((best, distance), 1)
-            columns = torch.arange(low, low + len(other)).expand(len(block), -1)
-            index = torch.cat((index, columns), 1)
-            best, order = best.topk(min(count + 1, best.shape[1]), largest=False)  # own group too
-            index = index.gather(1, order)
-        for group, distances, found in zip(
-            block.tolist(), best.tolist(), index.tolist(), strict=True
-        ):
-            near[group] = [(g, d) for g, d in zip(found, distances, strict=True) if g != group]
+    points = get_space(geometry).exp_map0(torch.from_numpy(tangents[[m[0] for m in members]]), c)
+    near = _nearest_points(points, sorted({group_of[row] for row in wanted}), c, geometry, count)
     result = {}
     for row in wanted:
         own = group_of[row]
@@ -209,6 +191,40 @@ def nearest_items(
             candidates += [(other, distance) for other in members[group][:count]]
         result[row] = candidates[:count]
     return result
+
+
+def _nearest_points(
+    points: torch.Tensor, queries: Sequence[int], c: float, geometry: str, count: int
+) -> dict[int, list[tuple[int, float]]]:
+    """Nearest other points of each query index; a shortlist by products, then exact distances."""
+    space = get_space(geometry)
+
+    def rank(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # smaller is nearer
+        if geometry == "lorentz":
+            return -lorentz.pairwise_inner(x, y, c)  # cosh of the distance, one product
+        return space.pairwise_dist(x, y, c)
+
+    near: dict[int, list[tuple[int, float]]] = {}
+    for start in range(0, len(queries), QUERY_BLOCK):
+        block = torch.tensor(queries[start : start + QUERY_BLOCK])
+        best, index = torch.empty(len(block), 0), torch.empty(len(block), 0, dtype=torch.long)
+        for low in range(0, len(points), POINT_BLOCK):
+            other = points[low : low + POINT_BLOCK]
+            score = rank(points[block], other).nan_to_num(nan=torch.inf)
+            score[block[:, None] == torch.arange(low, low + len(other))] = torch.inf  # itself
+            size = min(SHORTLIST, len(other))
+            score, column = score.topk(size, largest=False)
+            best, index = torch.cat((best, score), 1), torch.cat((index, column + low), 1)
+        best, order = best.topk(min(SHORTLIST, best.shape[1]), largest=False)
+        index = index.gather(1, order)  # [queries, shortlist]
+        distance = space.dist(points[block][:, None], points[index], c)
+        distance = torch.where(torch.isfinite(best), distance, torch.inf)
+        distance, order = distance.sort(stable=True)
+        index = index.gather(1, order)
+        for row, query in enumerate(block.tolist()):
+            pairs = zip(index[row].tolist(), distance[row].tolist(), strict=True)
+            near[query] = [(i, d) for i, d in pairs if math.isfinite(d)][:count]
+    return near
 
 
 def _norms(vectors: np.ndarray) -> np.ndarray:
@@ -270,7 +286,20 @@ def _item_angles(tangents: np.ndarray, leaves: np.ndarray, angles: np.ndarray) -
     spread = cosine.std(axis=1, keepdims=True)
     likeness = TURN * (cosine - cosine.max(axis=1, keepdims=True)) / np.where(spread > 0, spread, 1)
     weight = np.exp(likeness)
-    return np.arctan2(weight @ np.sin(angles), weight @ np.cos(angles))
+    turned = np.arctan2(weight @ np.sin(angles), weight @ np.cos(angles))
+    return turned + _fan(directions - weight @ nodes / weight.sum(1, keepdims=True), len(nodes))
+
+
+def _fan(residual: np.ndarray, leaves: int) -> np.ndarray:
+    """Small offsets of angle [n] along what varies most within the leaves, so that items of one
+    leaf lie side by side and not on one ray; a leaf's slot is 2 pi / leaves wide."""
+    known = np.isfinite(residual).all(axis=1)
+    if known.sum() < 2:
+        return np.zeros(len(residual))
+    centred = residual[known] - residual[known].mean(0)
+    along = (residual - residual[known].mean(0)) @ np.linalg.eigh(centred.T @ centred)[1][:, -1]
+    spread = float(along[known].std())
+    return np.clip(along / (spread or 1.0), -2, 2) * (2 * math.pi / leaves)
 
 
 # ---------------------------------------------------------------- what the page holds
@@ -358,7 +387,8 @@ def _queue_order(results: Sequence[Mapping[str, Any]]) -> list[int]:
 
     def key(row: int) -> tuple[int, float, int]:
         result = results[row]
-        group = 2 if result["error"] else {"unsafe": 0, "review": 1, "safe": 3}[result["rating"]]
+        unread = result["rating"] == "review" and bool(result["error"])
+        group = 2 if unread else {"unsafe": 0, "review": 1, "safe": 3}[result["rating"]]
         return group, -(_number(result["p_unsafe"]) or 0.0), row
 
     return sorted(range(len(results)), key=key)
@@ -417,6 +447,8 @@ def _item(
     result = data.results[row]
     text = data.texts.get(result["id"]) or ""
     read = str((result["channels"].get("ocr") or {}).get("text") or "")
+    if result["modality"] == "image":  # whatever text it has was read in it
+        text, read = "", read or text
     paths = _telling_paths(result["paths"], nodes)
     return {
         "row": row,
@@ -470,7 +502,11 @@ def _errors(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "types": Counter(str(r["error"]["type"]) for r in failed).most_common(),
         "rows": [
-            [r["source"] or r["id"], str(r["error"]["type"]), _cut(str(r["error"]["message"]), 500)]
+            [
+                r["source"] or r["id"],
+                str(r["error"]["type"]),
+                _cut(str(r["error"]["message"]), MAX_MESSAGE),
+            ]
             for r in failed[:MAX_ERRORS]
         ],
         "total": len(failed),
@@ -502,16 +538,18 @@ def _telling_paths(paths: Sequence[Mapping[str, Any]], nodes: _Nodes) -> list[Ma
 
 
 def _why(result: Mapping[str, Any], paths: Sequence[Mapping[str, Any]]) -> str:
+    words = []
     if result["error"]:
-        error = result["error"]
-        return (
-            f"Could not be judged ({error['type']}: {_cut(str(error['message']), 500)}). "
-            "Such items are always for review."
-        )
-    reason = result["channels"].get("reason")
+        problem = _cut(f"{result['error']['type']}: {result['error']['message']}", MAX_MESSAGE)
+        if result["p_unsafe"] is None:
+            return f"Could not be judged, so a person has to look. {problem}"
+        words.append(f"A part of it could not be read. {problem}")
+    reason = _cut(str(result["channels"].get("reason") or "").strip(), MAX_MESSAGE)
     if reason:
-        reason = _cut(str(reason).strip(), 600)
-        return reason[:1].upper() + reason[1:] + ("" if reason.endswith((".", "!", "?")) else ".")
+        stop = "" if reason.endswith((".", "!", "?")) else "."
+        words.append(reason[:1].upper() + reason[1:] + stop)
+    if words:
+        return " ".join(words)
     if result["rating"] == "safe":
         return "No active node reaches its threshold."
     return "" if paths else "No active node holds it."
@@ -540,7 +578,7 @@ def _channel_words(channels: Mapping[str, Any], nodes: _Nodes) -> str:
 
 
 def _novelty_words(result: Mapping[str, Any]) -> str:
-    if result["error"]:
+    if result["p_unsafe"] is None:
         return ""
     policy = _number(result["novelty"]["policy"])
     distribution = _number(result["novelty"]["distribution"])
@@ -667,7 +705,7 @@ def _tiles(results: Sequence[Mapping[str, Any]]) -> str:
         f'<a class="tile" href="#errors"><b>{failed:,}</b>'
         f'<span class="share">{_share(failed, total)}</span>'
         '<span class="name"><i class="mark error"></i>Errors</span>'
-        '<span class="sub">counted in review</span></a>'
+        '<span class="sub">unreadable, whole or in part</span></a>'
     )
     return "".join(cells)
 

@@ -26,7 +26,7 @@ from hysafe.loss import (
 
 log = logging.getLogger(__name__)
 
-__all__ = ["EncoderTask", "PresetTask", "TaxonomyTask"]
+__all__ = ["EncoderTask", "PresetTask", "TaxonomyTask", "class_phrases"]
 
 # Texts are cut to this many tokens in training; the longest contrast sentence has 40.
 TRAIN_TOKENS = 40
@@ -132,6 +132,8 @@ class TaxonomyTask(EncoderTask):
     Args:
         weights: of the taxonomy terms.
         image_weight: of picture-to-class-text cross entropy.
+        classifier_weight: of an auxiliary softmax classifier on the picture features, dropped
+            after training: early on, distances to text points give the tower a weak gradient.
         image_leaf_weight: of the taxonomy terms for pictures.
         class_entail: of "hypernym entails picture" and "hypernym entails class text". Class texts
             themselves entail nothing: that pulls them to the origin, where no distance tells them
@@ -152,6 +154,7 @@ class TaxonomyTask(EncoderTask):
         weights: TaxonomyWeights = TaxonomyWeights(),  # noqa: B008 - frozen
         image_weight: float = 1.0,
         image_leaf_weight: float = 0.3,
+        classifier_weight: float = 1.0,
         class_entail: float = 0.1,
         concept_weight: float = 0.2,
         label_smoothing: float = 0.1,
@@ -182,6 +185,7 @@ class TaxonomyTask(EncoderTask):
         self.image_leaf_weight, self.class_entail = image_leaf_weight, class_entail
         self.concept_weight, self.label_smoothing = concept_weight, label_smoothing
         self.text_dropout, self.text_every = text_dropout, text_every
+        self.classifier_weight = classifier_weight
         self.train_sizes, self.augment = train_sizes, augment
         self.refresh_every, self.monitor_every = refresh_every, monitor_every
 
@@ -195,7 +199,9 @@ class TaxonomyTask(EncoderTask):
         self._edges, self._siblings = leaves.edges(), leaves.siblings()
         self._node_phrases = [n.phrases for n in data.taxonomy]
         world = data.world
-        self._class_phrases = [_class_phrases(n, c) for n, c in zip(world.names, world.chains, strict=True)]
+        if not hasattr(self, "classifier"):
+            self.classifier = torch.nn.Linear(self.encoder.towers.embed_dim, len(world.names))
+        self._class_phrases = [class_phrases(n, c) for n, c in zip(world.names, world.chains, strict=True)]
         hypernyms: dict[str, int] = {}
         texts, depths, edges = [], [], []
         for i, chain in enumerate(world.chains):
@@ -251,12 +257,18 @@ class TaxonomyTask(EncoderTask):
         pictures, texts = batch["image"], batch["text"]
         encoder, c = self.encoder, self.encoder.curvature()
         pixels = self._augment(pictures["pixels"])
-        image = encoder.encode_image(pixels).space
+        features = encoder.towers.encode_image(pixels).float()
+        image = encoder.lift("image", features).space
         spoken = self.global_step % self.text_every == 0
         if spoken:
             text = encoder.lift("text", self._text_features(texts["texts"])).space
         nodes = encoder.place_nodes(self._node_features, self._leaves.depth).space
         terms = self._image_terms(image, pictures["classes"], c)
+        terms["classifier"] = F.cross_entropy(
+            self.classifier(F.layer_norm(features, features.shape[-1:])),
+            pictures["classes"],
+            label_smoothing=self.label_smoothing,
+        )
         terms.update(self._item_terms("image", image, pictures["candidates"], nodes, c))
         kinds = [("image", self.image_leaf_weight)]
         concept = image.sum() * 0
@@ -267,7 +279,9 @@ class TaxonomyTask(EncoderTask):
         edge, sibling = node_cones(nodes, self._edges, self._siblings, c, space=self.space)
         terms["edge"], terms["sibling"] = edge, sibling
         w = self.weights
-        loss = self.image_weight * terms["class"] + self.class_entail * terms["class_entail"]
+        loss = self.image_weight * terms["class"]
+        loss = loss + self.classifier_weight * terms["classifier"]
+        loss = loss + self.class_entail * terms["class_entail"]
         for kind, factor in kinds:
             loss = loss + factor * (
                 w.leaf * terms[f"{kind}_leaf"]
@@ -485,7 +499,8 @@ def random_resized_crop_flip(
     return F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
 
 
-def _class_phrases(name: str, chain: tuple[str, ...]) -> tuple[str, ...]:
+def class_phrases(name: str, chain: tuple[str, ...]) -> tuple[str, ...]:
+    """Phrases whose mean feature stands for a class of pictures."""
     general = chain[-1] if chain else "thing"
     return (name, f"a photo of a {name}", f"{name}, a kind of {general}")
 

@@ -49,24 +49,40 @@ def text_nodes(
     Raises:
         ConfigError: no map for the set.
     """
-    if source not in _maps():
-        raise ConfigError(f"no label map for {source!r}; known: {', '.join(known_sets())}.")
-    entry = _maps()[source]
+    entry = _entry(source, "label map")
     table = entry.get("labels", {})
     for depth in range(len(labels), 0, -1):
         nodes = table.get("/".join(labels[:depth]))
         if nodes is not None:
-            return tuple(nodes), all(n == SAFE or n.startswith("S.") for n in nodes)
+            return (tuple(nodes), _safe(nodes)) if nodes else ((), None)
     nodes = entry.get("safe", {}).get(safe)
     return (tuple(nodes), safe) if nodes else ((), None)
 
 
 def picture_nodes(source: str, name: str, hypernyms: Sequence[str]) -> tuple[str, ...]:
-    """Nodes any of which may hold pictures of a class with these hypernyms (any order)."""
-    entry = _maps()[source]
+    """Nodes any of which may hold pictures of a class with these hypernyms (any order).
+
+    Raises:
+        ConfigError: no map of picture classes for the set, or none for the class.
+    """
+    entry = _entry(source, "map of picture classes")
+    if "names" not in entry:
+        raise ConfigError(f"{source!r} is a set of texts; its rows have labels, not classes.")
     if name in entry["names"]:
         return tuple(entry["names"][name])
     for hypernym, nodes in entry["hypernyms"]:
         if hypernym in hypernyms:
             return tuple(nodes)
     raise ConfigError(f"{source}: class {name!r} has no node; add it to label_maps.yaml.")
+
+
+def _entry(source: str, what: str) -> dict[str, Any]:
+    if source not in _maps():
+        raise ConfigError(f"no {what} for {source!r}; known: {', '.join(known_sets())}.")
+    return _maps()[source]  # type: ignore[no-any-return]
+
+
+def _safe(nodes: Sequence[str]) -> bool | None:
+    """Whether the nodes are harmless; None where some are and some are not."""
+    harmless = {n in (SAFE, "S") or n.startswith("S.") for n in nodes}
+    return harmless.pop() if len(harmless) == 1 else None

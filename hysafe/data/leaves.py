@@ -75,7 +75,8 @@ class LeafSpace:
 
     def edges(self) -> Tensor:
         """(parent, child) node index pairs [M, 2]."""
-        pairs = [(self.node_index[n.parent], self.node_index[n.id]) for n in self.taxonomy if n.parent]
+        index = self.node_index
+        pairs = [(index[n.parent], index[n.id]) for n in self.taxonomy if n.parent]
         return torch.tensor(pairs)
 
     def siblings(self) -> Tensor:

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hysafe.data.images import to_rgb
-from hysafe.errors import ConfigError, InputError, MissingExtraError
+from hysafe.errors import ConfigError, HysafeError, InputError, MissingExtraError
 
 __all__ = ["Ocr", "OcrText", "may_hold_text"]
 
@@ -46,7 +46,8 @@ _READER = 1
 # size (recall 0.50 -> 0.83 on 64 px photographs); more than twice brings nothing.
 _SMALL_SIDE = 160
 _SMALL_ZOOM = 2
-_STRIP = 4
+# The engine pads a picture more than 8 times as wide as high to this share of its width.
+_STRIP = 1 / 4
 # A crop this much higher than wide holds sideways text (the engine's own rule).
 _SIDEWAYS = 1.5
 # Of 500 rendered lines 98 % are read with more than this confidence upright and 1 % upside down;
@@ -148,8 +149,9 @@ class Ocr:
             raise ConfigError(f"Ocr: max_side is {max_side}, expected {_MIN_LONG_SIDE} or more.")
         if not 0.0 <= min_confidence <= 1.0:
             raise ConfigError(f"Ocr: min_confidence is {min_confidence}, expected 0 to 1.")
-        if importlib.util.find_spec("rapidocr") is None:
-            raise MissingExtraError(f"Reading text in pictures needs rapidocr: {_INSTALL}")
+        for package in ("rapidocr", "onnxruntime"):
+            if importlib.util.find_spec(package) is None:
+                raise MissingExtraError(f"Reading text in pictures needs {package}: {_INSTALL}")
         self.threads = threads
         self.max_side = max_side
         self.min_confidence = min_confidence
@@ -157,14 +159,15 @@ class Ocr:
         self._results: _MemoryCache | _FileCache = (
             _MemoryCache() if self.cache is None else _FileCache(self.cache)
         )
+        engine = importlib.metadata.version("rapidocr")
+        self._version = f"rapidocr {engine}, reader {_READER}, {max_side}, {min_confidence}"
         self._engine: _Engine | None = None
         self._turn = threading.Lock()
 
     @property
     def version(self) -> str:
-        """Engine, version and settings: results of equal versions are interchangeable."""
-        engine = importlib.metadata.version("rapidocr")
-        return f"rapidocr {engine}, reader {_READER}, {self.max_side}, {self.min_confidence}"
+        """Engine, reader and settings: results of equal versions are interchangeable."""
+        return self._version
 
     def read(self, image: Image.Image, content_hash: str) -> OcrText:
         """The text of one picture, from the cache where it was read before.
@@ -181,24 +184,34 @@ class Ocr:
             InputError: the picture cannot be decoded, or the engine failed on it.
             MissingExtraError: the engine or its models cannot be loaded.
         """
-        key = self.version
-        known = self._results.get(content_hash, key) if content_hash else None
+        known = self._known(content_hash)
         if known is not None:
             return known
         pixels = _pixels(image)
-        if not _holds_strokes(pixels):
-            return NO_TEXT
-        with self._turn:
-            # Another thread may have read the same picture meanwhile.
-            known = self._results.get(content_hash, key) if content_hash else None
-            if known is not None:
-                return known
-            if self._engine is None:
-                self._engine = _Engine(self.threads)
-            found = _read(self._engine, pixels, self.max_side, self.min_confidence)
-            if content_hash:
-                self._results.put(content_hash, key, found)
+        try:
+            if not _holds_strokes(pixels):
+                return NO_TEXT
+            with self._turn:
+                known = self._known(content_hash)  # another thread may have read it meanwhile
+                if known is not None:
+                    return known
+                if self._engine is None:
+                    self._engine = _Engine(self.threads)
+                found = _read(self._engine, pixels, self.max_side, self.min_confidence)
+                if content_hash:
+                    self._results.put(content_hash, self.version, found)
+        except HysafeError:
+            raise
+        except Exception as error:  # the errors of engine and OpenCV share no base: kept as cause
+            height, width = pixels.shape[:2]
+            raise InputError(
+                f"The OCR engine failed on {width} x {height} px ({type(error).__name__}: {error})."
+                f" Turn reading off (--no-ocr), or install the tested version: {_INSTALL}"
+            ) from error
         return found
+
+    def _known(self, content_hash: str) -> OcrText | None:
+        return self._results.get(content_hash, self.version) if content_hash else None
 
     def __reduce__(self) -> tuple[Callable[[], Ocr], tuple[()]]:
         """Send the settings, not the engine, to another process."""
@@ -365,9 +378,16 @@ class _Engine:
 
     def __init__(self, threads: int) -> None:
         try:
+            import onnxruntime  # noqa: F401  (rapidocr looks for it only when it reads)
             import rapidocr
 
             models = Path(rapidocr.__file__).parent / "models"
+            detector, recogniser = (
+                models / f"PP-OCRv6_{part}_small.onnx" for part in ("det", "rec")
+            )
+            for model in (detector, recogniser):
+                if not model.is_file():
+                    raise FileNotFoundError(f"no {model}")
             params = {
                 "Global.log_level": "critical",
                 # Sizes are ours: the engine's own limits distort strips and thin crops.
@@ -377,8 +397,8 @@ class _Engine:
                 # Short words padded to the default 320 px take longer and are read no better.
                 "Rec.rec_img_shape": [3, 48, 192],
                 # Named files are opened as they are: nothing is ever downloaded.
-                "Det.model_path": str(models / "PP-OCRv6_det_small.onnx"),
-                "Rec.model_path": str(models / "PP-OCRv6_rec_small.onnx"),
+                "Det.model_path": str(detector),
+                "Rec.model_path": str(recogniser),
                 "EngineConfig.onnxruntime.intra_op_num_threads": min(threads, os.cpu_count() or 1),
                 "EngineConfig.onnxruntime.inter_op_num_threads": 1,
             }
@@ -403,14 +423,7 @@ class _Engine:
         return found.txts[0].strip(), float(found.scores[0])
 
     def _run(self, pixels: Pixels, **steps: bool) -> Any:
-        try:
-            return self._call(np.ascontiguousarray(pixels[..., ::-1]), **steps)  # RGB to BGR
-        except Exception as error:  # the engine's own errors share no base; kept as the cause
-            height, width = pixels.shape[:2]
-            raise InputError(
-                f"The OCR engine failed on {width} x {height} px ({type(error).__name__}: {error})."
-                f" Turn reading off (--no-ocr), or install the tested version: {_INSTALL}"
-            ) from error
+        return self._call(np.ascontiguousarray(pixels[..., ::-1]), **steps)  # RGB to BGR
 
 
 def _read(engine: _Engine, pixels: Pixels, max_side: int, min_confidence: float) -> OcrText:
@@ -421,8 +434,7 @@ def _read(engine: _Engine, pixels: Pixels, max_side: int, min_confidence: float)
         size = (_SMALL_ZOOM * width, _SMALL_ZOOM * height)
         pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_CUBIC)
         height, width = pixels.shape[:2]
-    # The engine pads a strip to a height of 1 / _STRIP of its width.
-    scale = min(1.0, max_side / math.sqrt(width * max(height, width / _STRIP)))
+    scale = min(1.0, max_side / math.sqrt(width * max(height, width * _STRIP)))
     seen = pixels
     if scale < 1.0:
         size = (max(1, round(width * scale)), max(1, round(height * scale)))

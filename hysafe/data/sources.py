@@ -41,23 +41,30 @@ def load_rows(location: str, *, split: str = "train", streaming: bool = False) -
     Pictures stay encoded. Code from the hub is never run.
 
     Raises:
-        InputError: a local file or folder is named that does not exist.
+        InputError: there is no such file, folder, split or hub id, or it cannot be read.
     """
     import datasets
 
     datasets.disable_progress_bars()
     kind = _kind(location)
     if kind is None:
-        rows = datasets.load_dataset(location, split=split, streaming=streaming)
+        arguments: dict[str, Any] = {"path": location, "split": split}
     elif kind == "imagefolder":
-        rows = datasets.load_dataset(
-            "imagefolder", data_dir=location, split=split, streaming=streaming
-        )
+        arguments = {"path": "imagefolder", "data_dir": location, "split": split}
     else:
         files = sorted(glob.glob(location))
         if not files:
             raise InputError(f"{location}: no such file. Check the path or glob.")
-        rows = datasets.load_dataset(kind, data_files=files, split="train", streaming=streaming)
+        arguments = {"path": kind, "data_files": files, "split": "train"}
+    try:
+        rows = datasets.load_dataset(**arguments, streaming=streaming)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        cause = error.__cause__ or error
+        detail = " ".join(str(cause).split())
+        raise InputError(
+            f"{location}: cannot be read ({type(cause).__name__}: {detail}). Check the file, the "
+            "split, or (for a hub id) name and network."
+        ) from error
     for name, feature in (rows.features or {}).items():
         if isinstance(feature, datasets.Image):
             rows = rows.cast_column(name, datasets.Image(decode=False))
@@ -75,13 +82,23 @@ def iter_samples(
             None to leave a row out.
         split: for hub ids and image folders.
         source: name of the set; the file's stem by default.
+
+    Raises:
+        ConfigError: unknown adapter.
+        InputError: the source cannot be read, or its rows lack a column the adapter needs.
     """
     function = ADAPTERS.get(adapter) if isinstance(adapter, str) else adapter
     if function is None:
         raise ConfigError(f"adapter {adapter!r}: known are {', '.join(ADAPTERS)}.")
     source = source or Path(location).stem.split("-")[0]
     for index, row in enumerate(load_rows(location, split=split)):
-        made = function(index, row, source)
+        try:
+            made = function(index, row, source)
+        except KeyError as error:
+            raise InputError(
+                f"{location}: row {index} has no column {error}; it has {', '.join(row)}. "
+                "Choose another adapter."
+            ) from error
         if made is None:
             continue
         yield from made if isinstance(made, list) else [made]
@@ -109,18 +126,17 @@ def auto(index: int, row: Mapping[str, Any], source: str) -> Sample | None:
     image = image_bytes(row.get("image"))
     if text is None and image is None:
         return None
-    nodes = row.get("nodes") or ([row["node"]] if row.get("node") else [])
+    nodes = row.get("nodes") or row.get("node") or ()
+    nodes = (nodes,) if isinstance(nodes, str) else tuple(nodes)
     safe = row.get("safe")
-    return Sample(
-        str(row.get("id", index)), source, text, image, tuple(nodes), safe, row.get("pair")
-    )
+    return Sample(str(row.get("id", index)), source, text, image, nodes, safe, row.get("pair"))
 
 
 def hysafe_text(index: int, row: Mapping[str, Any], source: str) -> Sample | None:
     """The JSONL text sets of the development data: `text, source, labels, safe`."""
     name = row.get("source") or source
     nodes, safe = text_nodes(name, row.get("labels") or (), row.get("safe"))
-    if not nodes or not row["text"].strip():
+    if not nodes or not (row["text"] or "").strip():
         return None
     extra = {k: row[k] for k in ("labels", "split", "severity") if row.get(k) is not None}
     return Sample(f"{name}-{index}", name, row["text"], None, nodes, safe, None, extra)
@@ -196,6 +212,7 @@ def _kind(location: str) -> str | None:
     kind = _SUFFIXES.get(Path(location).suffix)
     if kind is None and (location.startswith((".", "/")) or location.count("/") != 1):
         raise InputError(
-            f"{location}: neither a folder, a {', '.join(_SUFFIXES)} file nor a hub id (owner/name)."
+            f"{location}: neither a folder, a {', '.join(_SUFFIXES)} file nor a hub id "
+            "(owner/name). Check the path."
         )
     return kind

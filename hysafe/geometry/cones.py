@@ -211,10 +211,8 @@ def _pairwise_exterior_angle(x: Tensor, y: Tensor, c: Tensor | float, tolerance:
     across2 = sinh_y.square() - along.square()
     forward = cosh_x * along - sinh_x * cosh_y
     with torch.no_grad():
-        size = sinh_x * cosh_y + cosh_x * sinh_y
-        good = across2 > tolerance * sinh_y.square()
-        good &= across2 + forward.square() > (tolerance * size).square()
-        bad = ~good | (sinh_x == 0)
+        # off the axis the hypotenuse is no small difference either: it is >= theta²/4 of its terms
+        bad = ~(across2 > tolerance * sinh_y.square()) | (sinh_x == 0)
     across = torch.where(bad, torch.ones_like(across2), across2).sqrt()
     angle = torch.atan2(across, torch.where(bad, torch.ones_like(forward), forward))
     return refine(angle, bad, x, y, lambda a, b: _exterior_angle(a, b, c))

@@ -117,9 +117,7 @@ def _pairwise_exterior_angle(x: Tensor, y: Tensor, tolerance: float) -> Tensor:
     across2 = square_y - product.square()
     along = product - norm[:, None]
     with torch.no_grad():
-        size = norm[:, None] + square_y.sqrt()
         good = across2 > tolerance * square_y
-        good &= across2 + along.square() > (tolerance * size).square()
     across = torch.where(good, across2, torch.ones_like(across2)).sqrt()
     angle = torch.atan2(across, torch.where(good, along, torch.ones_like(along)))
     return refine(angle, ~good, x, y, _exterior_angle)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from hysafe.errors import CollectionError
+from hysafe.errors import CollectionError, ShapeError
 from hysafe.types import Result
 
 __all__ = ["Collection", "CollectionMeta", "CollectionWriter"]
@@ -73,7 +73,16 @@ class CollectionWriter:
             vectors: tangent vector [D] of each item (the picture's, else the text's).
             text_vectors: of the text of an item with a picture, read or given.
             scores: category scores [len(meta.nodes)].
+
+        Raises:
+            ShapeError: the sequences differ in length, or an array in width.
         """
+        counts = [len(results), len(vectors), len(text_vectors), len(scores)]
+        if len(set(counts)) > 1:
+            raise ShapeError(
+                f"append: got {counts} results, vectors, text vectors and scores, wanted one of "
+                "each for every row. Give None where there is none."
+            )
         dim, width = self.meta.dim, len(self.meta.nodes)
         top = [r.paths[0] if r.paths else None for r in results]
         columns: dict[str, Any] = {
@@ -120,13 +129,34 @@ class Collection:
 
         folder = Path(folder)
         if not (folder / f"{TABLE}.lance").is_dir():
-            raise CollectionError(f"{folder}: no collection there. Make one: hysafe scan PATH --out DIR")
-        table = lancedb.connect(str(folder)).open_table(TABLE)
-        payload = (table.schema.metadata or {}).get(METADATA_KEY)
+            raise CollectionError(
+                f"{folder}: no collection there. Make one: hysafe scan PATH --out DIR"
+            )
+        try:
+            table = lancedb.connect(str(folder)).open_table(TABLE)
+            payload = (table.schema.metadata or {}).get(METADATA_KEY)
+        except (OSError, ValueError, RuntimeError) as error:
+            detail = " ".join(str(error).split())
+            raise CollectionError(
+                f"{folder}: the collection cannot be read ({detail}). Scan again."
+            ) from error
         if payload is None:
-            raise CollectionError(f"{folder}: the table was not written by hysafe scan.")
-        data = json.loads(payload)
-        return cls(folder, table, CollectionMeta(**{**data, "nodes": tuple(data["nodes"])}))
+            raise CollectionError(
+                f"{folder}: the table was not written by hysafe scan. Give a scan's output folder."
+            )
+        try:
+            data = json.loads(payload)
+            meta = CollectionMeta(**{**data, "nodes": tuple(data["nodes"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise CollectionError(
+                f"{folder}: the table's metadata is not valid ({error}). Scan again."
+            ) from error
+        if meta.format != FORMAT:
+            raise CollectionError(
+                f"{folder}: collection format {meta.format}, this version reads {FORMAT}. "
+                "Scan again, or use the hysafe that wrote it."
+            )
+        return cls(folder, table, meta)
 
     def __len__(self) -> int:
         return int(self._table.count_rows())
@@ -179,6 +209,9 @@ def _schema(meta: CollectionMeta) -> pa.Schema:
 
 
 def _vectors(values: Sequence[np.ndarray | None], width: int) -> pa.Array:
+    for v in values:
+        if v is not None and v.shape != (width,):
+            raise ShapeError(f"append: got an array of shape {v.shape}, wanted ({width},).")
     rows = [np.zeros(width, np.float32) if v is None else v.astype(np.float32) for v in values]
     flat = pa.array(np.concatenate(rows) if rows else np.empty(0, np.float32), type=pa.float32())
     mask = pa.array([v is None for v in values], type=pa.bool_())

@@ -11,7 +11,15 @@ from hysafe.geometry import Space
 __all__ = ["contrastive", "prototype_cross_entropy"]
 
 
-def contrastive(a: Tensor, b: Tensor, c: Tensor | float, scale: Tensor | float, *, space: Space) -> Tensor:
+def contrastive(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | float,
+    scale: Tensor | float,
+    *,
+    space: Space,
+    symmetric: bool = True,
+) -> Tensor:
     """Symmetric InfoNCE C(A, B) on negative distance.
 
     Args:
@@ -19,6 +27,7 @@ def contrastive(a: Tensor, b: Tensor, c: Tensor | float, scale: Tensor | float, 
         c: curvature magnitude, > 0.
         scale: inverse temperature.
         space: the geometry.
+        symmetric: the mean of both directions; False: only a finds its b among all b.
 
     Returns:
         Scalar, >= 0.
@@ -27,7 +36,8 @@ def contrastive(a: Tensor, b: Tensor, c: Tensor | float, scale: Tensor | float, 
     """
     logits = -space.pairwise_dist(a, b, c) * scale
     target = torch.arange(a.shape[0], device=a.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    forward = F.cross_entropy(logits, target)
+    return (forward + F.cross_entropy(logits.T, target)) / 2 if symmetric else forward
 
 
 def prototype_cross_entropy(

@@ -22,11 +22,12 @@ __all__ = ["PRESETS", "Contrast", "Entail", "Preset", "preset_loss"]
 
 @dataclass(frozen=True)
 class Contrast:
-    """A term weight * C(a, b)."""
+    """A term weight * C(a, b); not symmetric: only the cross entropy of finding b from a."""
 
     a: str
     b: str
     weight: float = 1.0
+    symmetric: bool = True
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,14 @@ class Preset:
 
 
 def _hycoclip() -> Preset:
-    pairs = (("image", "text"), ("image_box", "text"), ("image", "text_box"))
-    pairs += (("image_box", "text_box"),)
+    # four cross entropies of weight 1/4: image -> text, text -> image (together one symmetric term
+    # of weight 1/2), and boxes to whole texts and images, but not back: a box fits many of them
     return Preset(
-        tuple(Contrast(a, b, 0.25) for a, b in pairs),
+        (
+            Contrast("image", "text", 0.5),
+            Contrast("image_box", "text", 0.25, symmetric=False),
+            Contrast("text_box", "image", 0.25, symmetric=False),
+        ),
         (
             Entail("text", "image", 0.1, 0.7),
             Entail("text_box", "image_box", 0.1, 0.7),
@@ -116,7 +121,9 @@ def preset_loss(
     weights: dict[str, float] = {}
     for t in preset.contrasts:
         name = f"contrast_{t.a}_{t.b}"
-        terms[name] = contrastive(points[t.a], points[t.b], c, scale, space=space)
+        terms[name] = contrastive(
+            points[t.a], points[t.b], c, scale, space=space, symmetric=t.symmetric
+        )
         weights[name] = t.weight
     for e in preset.entailments:
         name = f"entail_{e.parent}_{e.child}"

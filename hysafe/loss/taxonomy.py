@@ -38,7 +38,9 @@ class TaxonomyWeights:
     sibling: float = 0.1
 
 
-def candidate_cross_entropy(logits: Tensor, candidates: Tensor, *, smoothing: float = 0.0) -> Tensor:
+def candidate_cross_entropy(
+    logits: Tensor, candidates: Tensor, *, smoothing: float = 0.0
+) -> Tensor:
     """-log of the probability mass inside each item's candidate set.
 
     Args:

@@ -7,9 +7,11 @@ it (an untrained lift) still scores, but says that it is not calibrated and give
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +33,12 @@ FILE = "calibration.json"
 # Conformal scores are kept as a grid of this many order statistics: p-values move by at most
 # 1/GRID, always upwards (conservative).
 GRID = 1000
+# Digits after the point of a stored conformal score, rounded upwards.
+GRID_DIGITS = 5
+# More evidence of risk never lowers the probability of risk, whatever the validation split says.
+MIN_SLOPE = 1e-3
+# Temperatures beyond this range mean labels without signal, or a handful of examples.
+TEMPERATURES = (0.05, 20.0)
 
 
 @dataclass(frozen=True)
@@ -84,19 +92,32 @@ class Calibration:
             return cls()
         try:
             data = json.loads(path.read_text("utf-8"))
-            channels = {
-                k: ModalityCalibration(
-                    **{
-                        **v,
-                        "distribution": tuple(v["distribution"]),
-                        "policy": tuple(v["policy"]),
-                    }
-                )
-                for k, v in data["channels"].items()
-            }
-            return cls(channels, data.get("fitted_on", ""))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ModelError(f"{path}: not a calibration file ({error}). Fit it again.") from error
+            channels = {str(k): _channel(v) for k, v in data["channels"].items()}
+            return cls(channels, str(data.get("fitted_on", "")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(
+                f"{path}: not a calibration file ({type(error).__name__}: {error}). Fit it again."
+            ) from error
+
+
+def _channel(data: dict[str, Any]) -> ModalityCalibration:
+    scores = {k: tuple(map(float, data[k])) for k in ("distribution", "policy")}
+    channel = ModalityCalibration(
+        slope=float(data["slope"]),
+        offset=float(data["offset"]),
+        temperature=float(data["temperature"]),
+        n=int(data["n"]),
+        **scores,
+    )
+    numbers = (channel.slope, channel.offset, channel.temperature, *channel.distribution)
+    if not all(map(math.isfinite, (*numbers, *channel.policy))):
+        raise ValueError("a number is not finite")
+    if channel.slope <= 0 or channel.temperature <= 0:
+        raise ValueError("slope and temperature must be above 0")
+    for name, values in scores.items():
+        if list(values) != sorted(values) or len(values) > channel.n:
+            raise ValueError(f"the {name} scores are not n sorted numbers")
+    return channel
 
 
 def fit_platt(evidence: Tensor, unsafe: Tensor) -> tuple[float, float]:
@@ -126,7 +147,7 @@ def fit_platt(evidence: Tensor, unsafe: Tensor) -> tuple[float, float]:
 
     optimizer.step(closure)
     slope, offset = parameters.detach().tolist()
-    return max(slope, 1e-3), offset
+    return max(slope, MIN_SLOPE), offset
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -145,17 +166,21 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         return loss
 
     optimizer.step(closure)
-    return float(log_t.detach().exp().clamp(0.05, 20))
+    return float(log_t.detach().exp().clamp(*TEMPERATURES))
 
 
 def quantile_grid(scores: Tensor, size: int = GRID) -> tuple[float, ...]:
     """Order statistics of conformal scores, at most `size`, sorted; the largest is kept."""
     values = np.sort(scores.detach().double().cpu().numpy())
-    if len(values) > size:
-        # upper order statistics: a p-value read off the grid is never too small
-        index = np.ceil(np.linspace(0, len(values) - 1, size)).astype(int)
-        values = values[index]
-    return tuple(round(float(v), 5) for v in values)
+    n = len(values)
+    if n > size:
+        # upper order statistics: at most a share j/n of them lies below the j-th score, so that a
+        # p-value read off the grid is never too small
+        values = values[[-(-(k + 1) * n // size) - 1 for k in range(size)]]
+    factor = 10.0**GRID_DIGITS
+    up = np.ceil(values * factor)
+    up += up / factor < values  # the product may have rounded down
+    return tuple((up / factor).tolist())
 
 
 def conformal_p_values(scores: Tensor, calibration: tuple[float, ...], n: int) -> Tensor:
@@ -169,12 +194,21 @@ def conformal_p_values(scores: Tensor, calibration: tuple[float, ...], n: int) -
     Returns:
         [B] in (0, 1]; P(p <= alpha) <= alpha for exchangeable items.
 
+    Raises:
+        ShapeError: no calibration scores, which would be read as "nothing is novel".
+
     Source: Vovk et al. 2005; Bates et al. 2023 for outlier testing.
     """
+    if not calibration or n < 1:
+        raise ShapeError(
+            f"conformal p-values: got {len(calibration)} calibration scores for n={n}, wanted at "
+            "least 1. Fit the calibration, or give no p-values."
+        )
     grid = torch.tensor(calibration, dtype=torch.double)
     below = torch.searchsorted(grid, scores.double().cpu().contiguous(), right=False)
-    share = (len(grid) - below).double() / len(grid)
-    return torch.clamp((1 + torch.ceil(share * n)) / (n + 1), max=1.0).to(scores)
+    size = len(grid)
+    above = ((size - below) * n + size - 1) // size  # [B], rounded up, exact
+    return ((1 + above).double() / (n + 1)).to(scores)
 
 
 def expected_calibration_error(p: Tensor, truth: Tensor, *, bins: int = 15) -> float:

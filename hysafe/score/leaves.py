@@ -1,7 +1,8 @@
 """From cone margins to probabilities over the taxonomy: calibrated, children never above parents.
 
 The leaves (categories, benign siblings, background) compete in one softmax over scaled margins. A
-policy only changes on which side a leaf counts, so re-scoring needs the margins and nothing else.
+policy only changes on which side a leaf counts, so re-scoring needs the margins and nothing else. A
+leaf whose concepts are partly switched off counts on both sides, by the concepts' shares.
 """
 
 from __future__ import annotations
@@ -15,16 +16,23 @@ from hysafe.taxonomy import PolicyView
 
 __all__ = ["LeafScores", "NodeTable", "score_margins"]
 
+# Logit of something that is not there: far below any scaled margin, and finite, so that log odds
+# against it stay finite.
+NOTHING = -1e4
+
 
 class NodeTable:
     """Index of the nodes a policy view scores: which are leaves, which count as risk.
 
     Attributes:
         ids: node ids [N] in taxonomy order. depth: [N].
-        leaves: node indices of the leaves [L]. risk: bool [L], risky and active.
-        inactive: bool [L], risky but switched off by the policy.
+        leaves: node indices of the leaves [L]. risk: bool [L], risky and active, itself or with a
+            concept of it.
+        inactive: bool [L], risky but switched off by the policy with all its concepts.
         below: float [L, N], leaf l is node n or lies below it.
         concepts: node indices [K]. concept_leaf: position in `leaves` of each one's category.
+        mixed: bool [L], some of the leaf's concepts are active and some are not (or none is, though
+            the category is).
     """
 
     def __init__(self, view: PolicyView) -> None:
@@ -37,8 +45,7 @@ class NodeTable:
         leaf_ids = [n.id for n in taxonomy.of_kind("category", "benign", "background")]
         self.leaf_ids = leaf_ids
         self.leaves = torch.tensor([index[n] for n in leaf_ids])
-        self.risk = torch.tensor([view.active(n) for n in leaf_ids])
-        self.inactive = torch.tensor([taxonomy[n].risky and not view.active(n) for n in leaf_ids])
+        risky = torch.tensor([taxonomy[n].risky for n in leaf_ids])
         self.below = torch.zeros(len(leaf_ids), len(self.ids))
         for row, leaf in enumerate(leaf_ids):
             for node in taxonomy.path(leaf).ids:
@@ -49,9 +56,15 @@ class NodeTable:
         self.concept_leaf = torch.tensor(
             [position[str(n.parent)] for n in concepts], dtype=torch.long
         )
-        self.concept_active = torch.tensor(
-            [view.active(n.id) for n in concepts], dtype=torch.bool
-        )
+        self.concept_active = torch.tensor([view.active(n.id) for n in concepts], dtype=torch.bool)
+        active = torch.tensor([view.active(n) for n in leaf_ids])
+        on = torch.zeros(len(leaf_ids), dtype=torch.bool)
+        off = torch.zeros(len(leaf_ids), dtype=torch.bool)
+        on[self.concept_leaf[self.concept_active]] = True
+        off[self.concept_leaf[~self.concept_active]] = True
+        self.risk = active | on
+        self.inactive = risky & ~self.risk
+        self.mixed = self.risk & off
         self.thresholds = torch.tensor([view.threshold(n) for n in self.ids])
         self.active = torch.tensor([view.active(n) for n in self.ids])
 
@@ -99,44 +112,63 @@ def score_margins(
     logits = margins[:, table.leaves] * scale  # [B, L]
     risk, inactive = table.risk, table.inactive
     safe = ~(risk | inactive)
-    floor = torch.full_like(logits[:, :1], -1e4)
+    shares = _concept_shares(margins, table, scale / temperature)  # [B, K]
+    at_risk, let_off = _split(logits, shares, table)  # [B, L] each
 
-    def mass(mask: Tensor) -> Tensor:
-        return torch.cat((logits[:, mask], floor), -1).logsumexp(-1)
-
-    rest = mass(~risk)
-    evidence = mass(risk) - rest
+    looks_risky = _mass(logits[:, risk | inactive]) - _mass(logits[:, safe])
+    evidence = _mass(at_risk[:, risk]) - _mass(
+        torch.cat((logits[:, ~risk], let_off[:, table.mixed]), -1)
+    )
     p_unsafe = torch.sigmoid(slope * evidence + offset) if bool(risk.any()) else evidence * 0
     within = torch.zeros_like(logits)
     if bool(risk.any()):
-        within[:, risk] = torch.softmax(logits[:, risk] / temperature, dim=-1)
+        gain = at_risk[:, risk] - logits[:, risk]  # log of the active share
+        within[:, risk] = torch.softmax(logits[:, risk] / temperature + gain, dim=-1)
     leaf = within * p_unsafe[:, None]
-    nodes = leaf @ table.below
+    nodes = torch.minimum(leaf @ table.below, p_unsafe[:, None])  # sums round up
     if len(table.concepts):
-        _concept_scores(margins, leaf, nodes, table, scale / temperature)
+        on = shares * table.concept_active
+        total = _per_leaf(on, table).clamp_min(torch.finfo(on.dtype).tiny)
+        within_category = on / total[:, table.concept_leaf]  # at most 1
+        nodes[:, table.concepts] = leaf[:, table.concept_leaf] * within_category
     # both must hold: it looks risky, and no active cone holds it
-    looks_risky = mass(risk | inactive) - mass(safe)
-    held = torch.cat((logits[:, risk], floor), -1).amax(-1)
+    held = torch.cat((at_risk[:, risk], torch.full_like(logits[:, :1], NOTHING)), -1).amax(-1)
     policy_evidence = torch.minimum(looks_risky, -held)
     return LeafScores(p_unsafe, nodes, evidence, policy_evidence, -logits.logsumexp(-1))
 
 
-def _concept_scores(
-    margins: Tensor, leaf: Tensor, nodes: Tensor, table: NodeTable, scale: float
-) -> None:
-    """Share a category's score among its active concepts by their own cones, in place.
+def _mass(logits: Tensor) -> Tensor:
+    """logsumexp [B] of [B, M]; NOTHING where there is none."""
+    return torch.cat((logits, torch.full_like(logits[:, :1], NOTHING)), -1).logsumexp(-1)
 
-    A concept has at most its category's score: softmax among siblings times the parent.
-    """
-    logits = (margins[:, table.concepts] * scale).masked_fill(
-        ~table.concept_active[None, :], -torch.inf
-    )
+
+def _concept_shares(margins: Tensor, table: NodeTable, scale: float) -> Tensor:
+    """Softmax of each category's concepts by their own cones, [B, K]."""
+    logits = margins[:, table.concepts] * scale
     groups = table.concept_leaf
-    count = leaf.shape[1]
-    peak = torch.full((len(logits), count), -torch.inf, dtype=logits.dtype)
+    peak = torch.full((len(logits), len(table.leaves)), -torch.inf, dtype=logits.dtype)
     peak.scatter_reduce_(1, groups.expand_as(logits), logits, "amax")
-    peak = torch.where(peak.isfinite(), peak, torch.zeros_like(peak))
     weight = torch.exp(logits - peak[:, groups])
-    total = torch.zeros_like(peak).scatter_add_(1, groups.expand_as(weight), weight)
-    share = weight / total[:, groups].clamp_min(1e-12)
-    nodes[:, table.concepts] = leaf[:, groups] * share
+    return weight / _per_leaf(weight, table)[:, groups]
+
+
+def _per_leaf(values: Tensor, table: NodeTable) -> Tensor:
+    """Sum of concept values [B, K] by category, [B, L]; 0 for leaves without concepts."""
+    total = torch.zeros(len(values), len(table.leaves), dtype=values.dtype)
+    return total.scatter_add_(1, table.concept_leaf.expand_as(values), values)
+
+
+def _split(logits: Tensor, shares: Tensor, table: NodeTable) -> tuple[Tensor, Tensor]:
+    """Leaf logits [B, L] split by the share of each leaf's concepts that the policy leaves on.
+
+    Returns:
+        logits of the part at risk and of the part let off (NOTHING where all is at risk).
+    """
+    nothing = torch.full_like(logits, NOTHING)
+    if not bool(table.mixed.any()):
+        return logits, nothing
+    active = _per_leaf(shares * table.concept_active, table)
+    rest = _per_leaf(shares * ~table.concept_active, table)
+    on = (logits + active.log()).clamp_min(NOTHING)
+    off = (logits + rest.log()).clamp_min(NOTHING)
+    return torch.where(table.mixed, on, logits), torch.where(table.mixed, off, nothing)

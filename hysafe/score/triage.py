@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -29,13 +30,17 @@ class TriagePolicy:
     review_from: float = 0.3
     novelty_level: float = 0.01
 
-    def rate(self, risk: float, node_over: bool, distribution_p: float | None) -> tuple[Rating, str]:
-        """Rating of one channel and the reason in words."""
+    def rate(
+        self, risk: float, node_over: bool, distribution_p: float | None
+    ) -> tuple[Rating, str]:
+        """Rating of one channel and the reason in words; a risk that is no number is reviewed."""
         if risk >= self.unsafe_from or node_over:
             return "unsafe", "risk above the threshold"
+        if math.isnan(risk):
+            return "review", "no score"
         if risk >= self.review_from:
             return "review", "risk near the threshold"
-        if distribution_p is not None and distribution_p <= self.novelty_level:
+        if distribution_p is not None and not distribution_p > self.novelty_level:
             return "review", "unlike anything the model knows"
         return "safe", "no active risk near"
 

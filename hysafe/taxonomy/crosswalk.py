@@ -1,4 +1,4 @@
-"""Crosswalk between the taxonomy's categories and the codes of published systems, both ways."""
+"""Crosswalk between the taxonomy's nodes and the codes of published systems, both ways."""
 
 from __future__ import annotations
 
@@ -14,22 +14,25 @@ def schemes(taxonomy: Taxonomy) -> tuple[str, ...]:
 
 
 def codes(taxonomy: Taxonomy, node_id: str, scheme: str) -> tuple[str, ...]:
-    """Codes of `scheme` for a node; a concept has its category's, a domain all of its children's.
+    """Codes of `scheme` for a node and all below it; a concept without its own has its category's.
 
     Raises:
         TaxonomyError: unknown node or scheme.
     """
     _check(taxonomy, scheme)
     node = taxonomy[node_id]
-    if node.kind == "concept":
+    if node.kind == "concept" and scheme not in node.crosswalk:
         node = taxonomy[str(node.parent)]
-    holders = taxonomy.children(node.id) if node.kind == "domain" else (node,)
-    found = (code for holder in holders for code in holder.crosswalk.get(scheme, ()))
-    return tuple(dict.fromkeys(found))
+        return tuple(dict.fromkeys(node.crosswalk.get(scheme, ())))
+    holders = (node, *taxonomy.descendants(node.id))
+    return tuple(dict.fromkeys(c for h in holders for c in h.crosswalk.get(scheme, ())))
 
 
 def nodes(taxonomy: Taxonomy, scheme: str, code: str) -> tuple[Node, ...]:
-    """Categories that carry `code` of `scheme`; () where the code has no counterpart."""
+    """Nodes that carry `code` of `scheme` themselves; () where the code has no counterpart.
+
+    They are categories, but for ``unsafe_concepts``, whose codes belong to concepts.
+    """
     _check(taxonomy, scheme)
     return tuple(n for n in taxonomy if code in n.crosswalk.get(scheme, ()))
 

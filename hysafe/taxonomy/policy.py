@@ -21,10 +21,9 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-import yaml
-
 from hysafe.errors import TaxonomyError
-from hysafe.taxonomy.tree import Node, Taxonomy
+from hysafe.taxonomy.reading import parse_yaml, read_text
+from hysafe.taxonomy.tree import Kind, Node, Taxonomy
 
 __all__ = ["DEFAULT_THRESHOLD", "SENSITIVE_THRESHOLD", "NodeRule", "Policy", "PolicyView"]
 
@@ -33,6 +32,14 @@ Status = Literal["default", "non_violating", "sensitive"]
 # Score of a node from which an item is rated unsafe, unless the policy says otherwise.
 DEFAULT_THRESHOLD = 0.5
 SENSITIVE_THRESHOLD = 0.25
+# Severity of a category added by a policy: the middle of the scale, as where a file gives none.
+NEW_SEVERITY = 2
+
+_CHILD_KIND: Mapping[Kind, Kind] = {
+    "domain": "category",
+    "category": "concept",
+    "safe_domain": "background",
+}
 
 
 @dataclass(frozen=True)
@@ -62,24 +69,40 @@ class Policy:
         Raises:
             TaxonomyError: not readable or not valid; names file, node and remedy.
         """
-        try:
-            data = yaml.safe_load(pathlib.Path(path).read_text("utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise TaxonomyError(f"{path}: policy cannot be read ({error}).") from error
-        except yaml.YAMLError as error:
-            raise TaxonomyError(f"{path}: not valid YAML: {error}") from error
+        data = parse_yaml(read_text(path), origin=str(path))
         return cls.from_dict(data, origin=str(path))
 
     @classmethod
     def from_dict(cls, data: Any, *, origin: str = "policy") -> Policy:
-        """Policy from the mapping of a policy file."""
-        if not isinstance(data, dict) or set(data) - {"name", "nodes"}:
-            raise TaxonomyError(f"{origin}: expected a mapping with the keys `name` and `nodes`.")
+        """Policy from the mapping of a policy file; node ids must be strings.
+
+        Raises:
+            TaxonomyError: not valid; names file, node and remedy.
+        """
+        if not isinstance(data, dict):
+            raise TaxonomyError(
+                f"{origin}: expected a mapping with the keys `name` and `nodes`, got "
+                f"{type(data).__name__}. Write `nodes: {{D1: {{status: non_violating}}}}`."
+            )
+        unknown = set(data) - {"name", "nodes"}
+        if unknown:
+            raise TaxonomyError(
+                f"{origin}: unknown key {', '.join(map(repr, sorted(map(str, unknown))))}. "
+                "Known: name, nodes; node ids go below `nodes`."
+            )
         nodes = data.get("nodes") or {}
         if not isinstance(nodes, dict):
-            raise TaxonomyError(f"{origin}: `nodes` must map node ids to settings.")
-        rules = {str(k): _rule(str(k), v, origin) for k, v in nodes.items()}
-        return cls(str(data.get("name", pathlib.Path(origin).stem)), rules, origin)
+            raise TaxonomyError(
+                f"{origin}: `nodes` is {type(nodes).__name__}. Make it a mapping of node ids to "
+                "settings: {D1: {status: non_violating}}."
+            )
+        for node_id in nodes:
+            if not isinstance(node_id, str) or not node_id.strip():
+                raise TaxonomyError(
+                    f"{origin}: node {node_id!r}: the id is no text. Put it in quotes."
+                )
+        rules = {k: _rule(k, v, origin) for k, v in nodes.items()}
+        return cls(str(data.get("name") or pathlib.Path(origin).stem), rules, origin)
 
     @cached_property
     def hash(self) -> str:
@@ -94,43 +117,78 @@ class Policy:
         Raises:
             TaxonomyError: a rule names an unknown node, or a new node lacks parent or texts.
         """
-        added: list[Node] = []
+        view = taxonomy
+        waiting: list[str] = []
         for node_id, rule in self.rules.items():
-            known = node_id in taxonomy
-            if not known:
-                if not (rule.parent and rule.name and rule.definition):
-                    raise TaxonomyError(
-                        f"{self.origin}: node {node_id}: not in the taxonomy. Correct the id, or "
-                        "give parent, name and definition to add it."
-                    )
-                pending = {n.id for n in added}
-                if rule.parent not in taxonomy and rule.parent not in pending:
-                    raise TaxonomyError(
-                        f"{self.origin}: node {node_id}: unknown parent {rule.parent!r}. "
-                        "Give a domain (D6) or category (6.1)."
-                    )
-                kind = _child_kind(rule.parent, taxonomy, added)
-                added.append(
-                    Node(
-                        node_id, rule.name, rule.definition, kind, rule.parent, rule.synonyms, 2
-                    )
+            if node_id in taxonomy:
+                changed = self._redescribed(taxonomy[node_id], rule)
+                view = view if changed is None else view.with_nodes(changed)
+            elif rule.parent and rule.name and rule.definition:
+                waiting.append(node_id)
+            else:
+                raise self._fail(
+                    node_id,
+                    "not in the taxonomy",
+                    "Correct the id, or give parent, name and definition to add it.",
                 )
-            elif rule.parent is not None and rule.parent != taxonomy[node_id].parent:
-                raise TaxonomyError(
-                    f"{self.origin}: node {node_id}: a policy cannot move a node. Switch it off "
-                    "and add a new one."
+        while waiting:  # a new node may stand above its new parent in the file
+            ready = [n for n in waiting if self.rules[n].parent in view]
+            if not ready:
+                raise self._fail(
+                    waiting[0],
+                    f"unknown parent {self.rules[waiting[0]].parent!r}",
+                    "Give a domain (D6) or category (6.1).",
                 )
-            elif rule.name or rule.definition or rule.synonyms:
-                old = taxonomy[node_id]
-                added.append(
-                    replace(
-                        old,
-                        name=rule.name or old.name,
-                        definition=rule.definition or old.definition,
-                        synonyms=rule.synonyms or old.synonyms,
-                    )
+            view = view.with_nodes(*(self._new_node(n, view) for n in ready))
+            waiting = [n for n in waiting if n not in ready]
+        for node_id, rule in self.rules.items():
+            if not view[node_id].risky and (
+                rule.status == "sensitive" or rule.threshold is not None
+            ):
+                raise self._fail(
+                    node_id,
+                    "a harmless node has no threshold and cannot be sensitive",
+                    "Set it on the risk node beside it.",
                 )
-        return PolicyView(self, taxonomy.with_nodes(*added) if added else taxonomy)
+        return PolicyView(self, view)
+
+    def _fail(self, node_id: str, problem: str, remedy: str) -> TaxonomyError:
+        return TaxonomyError(f"{self.origin}: node {node_id}: {problem}. {remedy}")
+
+    def _redescribed(self, old: Node, rule: NodeRule) -> Node | None:
+        if rule.parent is not None and rule.parent != old.parent:
+            raise self._fail(
+                old.id, "a policy cannot move a node", "Switch it off and add a new one."
+            )
+        if not (rule.name or rule.definition or rule.synonyms):
+            return None
+        return replace(
+            old,
+            name=rule.name or old.name,
+            definition=rule.definition or old.definition,
+            synonyms=rule.synonyms or old.synonyms,
+        )
+
+    def _new_node(self, node_id: str, view: Taxonomy) -> Node:
+        rule = self.rules[node_id]
+        parent = view[str(rule.parent)]
+        kind = _CHILD_KIND.get(parent.kind)
+        if kind is None:
+            raise self._fail(
+                node_id,
+                f"its parent {parent.id} is a {parent.kind.replace('_', ' ')}",
+                "Put a new node below a domain (D6) or a category (6.1).",
+            )
+        return Node(
+            node_id,
+            str(rule.name),
+            str(rule.definition),
+            kind,
+            parent.id,
+            rule.synonyms,
+            severity=NEW_SEVERITY if kind == "category" else 0,
+            text_only=parent.text_only,
+        )
 
 
 @dataclass(frozen=True)
@@ -170,17 +228,6 @@ class PolicyView:
         return DEFAULT_THRESHOLD
 
 
-def _child_kind(parent: str, taxonomy: Taxonomy, added: list[Node]) -> Any:
-    kinds = {n.id: n.kind for n in added}
-    kind = kinds.get(parent) or taxonomy[parent].kind
-    child = {"domain": "category", "category": "concept", "safe_domain": "background"}.get(kind)
-    if child is None:
-        raise TaxonomyError(
-            f"parent {parent}: a new node goes below a domain or a category, not below a {kind}."
-        )
-    return child
-
-
 def _rule(node_id: str, value: Any, origin: str) -> NodeRule:
     def fail(problem: str, remedy: str) -> TaxonomyError:
         return TaxonomyError(f"{origin}: node {node_id}: {problem}. {remedy}")
@@ -196,18 +243,18 @@ def _rule(node_id: str, value: Any, origin: str) -> NodeRule:
         )
     status = value.get("status")
     if status is not None and status not in get_args(Status):
-        raise fail(f"status {status!r}", f"Give one of {', '.join(get_args(Status))}.")
+        raise fail(f"status is {status!r}", f"Give one of {', '.join(get_args(Status))}.")
     threshold = value.get("threshold")
     if threshold is not None:
         number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
         if not number or not 0 < threshold <= 1:
-            raise fail(f"threshold {threshold!r}", "Give a number above 0, at most 1.")
+            raise fail(f"threshold is {threshold!r}", "Give a number above 0, at most 1.")
         threshold = float(threshold)
     synonyms = value.get("synonyms") or []
-    if not isinstance(synonyms, list) or not all(isinstance(s, str) for s in synonyms):
-        raise fail("`synonyms` is no list of texts", "Write [phrase, phrase].")
+    if not isinstance(synonyms, list) or not all(_is_text(s) for s in synonyms):
+        raise fail("`synonyms` is no list of texts", "Write [phrase, phrase], in quotes.")
     for key in ("parent", "name", "definition"):
-        if value.get(key) is not None and not isinstance(value[key], str):
+        if value.get(key) is not None and not _is_text(value[key]):
             raise fail(f"`{key}` is {value[key]!r}", "Write it as text, in quotes.")
     return NodeRule(
         status,
@@ -217,3 +264,7 @@ def _rule(node_id: str, value: Any, origin: str) -> NodeRule:
         value.get("definition"),
         tuple(synonyms),
     )
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib import resources
-import pathlib
 from typing import Any, Literal
 
-import yaml
-
 from hysafe.errors import TaxonomyError
+from hysafe.taxonomy.reading import parse_yaml, read_text
 
 __all__ = ["Kind", "Node", "Path", "Taxonomy", "load_taxonomy"]
 
@@ -36,7 +35,12 @@ _KEYS = {
     "concept": _COMMON | {"source"},
     "benign": {"name", "definition", "synonyms"},
     "background": _COMMON,
+    "safe_domain": {"name", "definition", "synonyms", "background"},
 }
+_TOP_KEYS = {"name", "version", "licence", "domains", "safe"}
+# Sources of concepts that are a published system: its name is the scheme of the crosswalk, the
+# concept's name the code.
+_SOURCE_SCHEMES = {"UnsafeConcepts": "unsafe_concepts"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Node:
         severity: 1 (policy choice) to 4 (gravest); categories only, 0 elsewhere.
         should_not, can: policy bullets in LlavaGuard's manner; categories only.
         sibling: id of the benign sibling (categories) or of the category (benign siblings).
-        crosswalk: scheme -> codes of other taxonomies; categories only.
+        crosswalk: scheme -> codes of other taxonomies; categories, and concepts taken from one.
         text_only: no imagery may be trained on, stored, shown or generated for it.
     """
 
@@ -125,7 +129,9 @@ class Taxonomy:
                     f"Known domains: {', '.join(n for n in self._nodes if '.' not in n)}."
                 )
             if not node.name.strip() or not node.definition.strip():
-                raise TaxonomyError(f"{origin}: node {node.id}: name and definition must be given.")
+                raise TaxonomyError(
+                    f"{origin}: node {node.id}: name or definition is empty. Write both as text."
+                )
             self._nodes[node.id] = node
 
     # ------------------------------------------------------------ reading the tree
@@ -208,9 +214,7 @@ class Taxonomy:
         table = dict(self._nodes)
         for node in nodes:
             table[node.id] = node
-        return Taxonomy(
-            table.values(), name=self.name, version=self.version, origin=self.origin
-        )
+        return Taxonomy(table.values(), name=self.name, version=self.version, origin=self.origin)
 
     @cached_property
     def hash(self) -> str:
@@ -238,23 +242,23 @@ def load_taxonomy(path: str | pathlib.Path | None = None) -> Taxonomy:
     """
     if path is None:
         text = resources.files("hysafe.taxonomy").joinpath("taxonomy.yaml").read_text("utf-8")
-        return parse_taxonomy(text, origin="taxonomy.yaml")
-    try:
-        text = pathlib.Path(path).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaxonomyError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
-    return parse_taxonomy(text, origin=str(path))
+        return _taxonomy(parse_yaml(text, origin="taxonomy.yaml", trusted=True), "taxonomy.yaml")
+    return parse_taxonomy(read_text(path), origin=str(path))
 
 
 def parse_taxonomy(text: str, *, origin: str) -> Taxonomy:
     """Taxonomy from YAML text; `origin` is the file name for messages."""
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise TaxonomyError(f"{origin}: not valid YAML: {error}") from error
+    return _taxonomy(parse_yaml(text, origin=origin), origin)
+
+
+def _taxonomy(data: Any, origin: str) -> Taxonomy:
     if not isinstance(data, dict) or not isinstance(data.get("domains"), list):
-        raise TaxonomyError(f"{origin}: expected a mapping with a list `domains`.")
+        raise TaxonomyError(
+            f"{origin}: expected a mapping with a list `domains`, got {_short(data)}. "
+            "Write `domains:` and below it `- id: ...`."
+        )
     reader = _Reader(origin)
+    reader.known_keys(data, _TOP_KEYS, "(top)")
     nodes: list[Node] = []
     siblings: list[Node] = []
     for domain in data["domains"]:
@@ -265,20 +269,18 @@ def parse_taxonomy(text: str, *, origin: str) -> Taxonomy:
             nodes.append(node)
             siblings.append(sibling)
             for concept in reader.list_of(category, "concepts", node.id):
-                child = reader.node(concept, "concept", parent=node.id)
+                child = reader.concept(concept, node.id)
                 nodes.append(replace(child, text_only=node.text_only))
-    safe = data.get("safe") or {}
-    nodes.append(
-        Node(
-            SAFE_DOMAIN,
-            str(safe.get("name", "Harmless content")),
-            str(safe.get("definition", "Content that harms nobody.")),
-            "safe_domain",
-            synonyms=tuple(safe.get("synonyms", ())),
-        )
-    )
+    safe = {"name": "Harmless content", "definition": "Content that harms nobody."}
+    if data.get("safe") is not None:
+        if not isinstance(data["safe"], dict):
+            raise reader.fail(
+                SAFE_DOMAIN, f"`safe` is {_short(data['safe'])}", "Make it a mapping."
+            )
+        safe |= data["safe"]
+    nodes.append(reader.node(safe, "safe_domain", parent=None, node_id=SAFE_DOMAIN))
     nodes.extend(siblings)
-    for entry in safe.get("background", ()):
+    for entry in reader.list_of(safe, "background", SAFE_DOMAIN):
         nodes.append(reader.node(entry, "background", parent=SAFE_DOMAIN))
     return Taxonomy(
         nodes,
@@ -286,6 +288,11 @@ def parse_taxonomy(text: str, *, origin: str) -> Taxonomy:
         version=str(data.get("version", "0")),
         origin=origin,
     )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class _Reader:
@@ -300,24 +307,33 @@ class _Reader:
     def list_of(self, entry: dict[str, Any], key: str, node_id: str) -> list[Any]:
         value = entry.get(key, [])
         if not isinstance(value, list):
-            raise self.fail(node_id, f"`{key}` is {type(value).__name__}", "Make it a list.")
+            raise self.fail(node_id, f"`{key}` is {_short(value)}", "Make it a list.")
         return value
+
+    def known_keys(self, entry: dict[str, Any], known: set[str], node_id: str) -> None:
+        unknown = set(entry) - known
+        if unknown:
+            raise self.fail(
+                node_id,
+                f"unknown key {', '.join(map(repr, sorted(unknown)))}",
+                f"Known: {', '.join(sorted(known))}.",
+            )
 
     def node(self, entry: Any, kind: Kind, *, parent: str | None, node_id: str = "") -> Node:
         if not isinstance(entry, dict):
             raise self.fail(
-                node_id or f"below {parent}", f"expected a mapping, got {entry!r}", "See the docs."
+                node_id or f"below {parent or 'domains'}",
+                f"expected a mapping, got {_short(entry)}",
+                'Write `id: "6.1"`, `name: ...`, `definition: ...`.',
             )
-        node_id = node_id or str(entry.get("id", ""))
         if not node_id:
-            raise self.fail(entry.get("name", "?"), "has no id", 'Add `id: "6.1"`.')
-        unknown = set(entry) - _KEYS[kind]
-        if unknown:
-            raise self.fail(
-                node_id,
-                f"unknown key {', '.join(map(repr, sorted(map(str, unknown))))}",
-                f"Known: {', '.join(sorted(_KEYS[kind]))}.",
-            )
+            value = entry.get("id")
+            if value is None or value == "":
+                raise self.fail(entry.get("name", "?"), "has no id", 'Add `id: "6.1"`.')
+            if not isinstance(value, str):  # 6.10 is the number 6.1 to YAML
+                raise self.fail(value, "the id is no text", f'Put it in quotes: `id: "{value}"`.')
+            node_id = value
+        self.known_keys(entry, _KEYS[kind], node_id)
         for key in ("name", "definition"):
             if not isinstance(entry.get(key), str) or not entry[key].strip():
                 raise self.fail(node_id, f"`{key}` is missing", "Write one as text.")
@@ -334,34 +350,47 @@ class _Reader:
         values = self.list_of(entry, key, node_id)
         for value in values:
             if not isinstance(value, str) or not value.strip():
-                raise self.fail(node_id, f"`{key}` holds {value!r}", "Each entry must be text.")
+                raise self.fail(
+                    node_id, f"`{key}` holds {_short(value)}", "Write each entry as quoted text."
+                )
         return tuple(v.strip() for v in values)
+
+    def concept(self, entry: Any, category: str) -> Node:
+        base = self.node(entry, "concept", parent=category)
+        source = entry.get("source", "")
+        if not isinstance(source, str):
+            raise self.fail(base.id, f"`source` is {_short(source)}", "Write it as text.")
+        scheme = _SOURCE_SCHEMES.get(source)
+        return replace(base, crosswalk={scheme: (base.name,)}) if scheme else base
 
     def category(self, entry: Any, domain: str) -> tuple[Node, Node]:
         base = self.node(entry, "category", parent=domain)
         if len(set(base.synonyms)) < MIN_SYNONYMS:
             raise self.fail(
                 base.id,
-                f"{len(set(base.synonyms))} different synonyms",
+                f"has {len(set(base.synonyms))} different synonyms",
                 f"The bank needs at least {MIN_SYNONYMS} phrases.",
             )
         low, high = SYNONYM_WORDS
         for phrase in base.synonyms:
             if not low <= len(phrase.split()) <= high:
                 raise self.fail(
-                    base.id, f"synonym {phrase!r}", f"A phrase has {low} to {high} words."
+                    base.id,
+                    f"synonym {phrase!r} has {len(phrase.split())} words",
+                    f"Give {low} to {high}.",
                 )
         severity = entry.get("severity", 2)
-        if not isinstance(severity, int) or not 1 <= severity <= 4:
+        if type(severity) is not int or not 1 <= severity <= 4:
             raise self.fail(base.id, f"severity {severity!r}", "Give 1, 2, 3 or 4.")
         modality = entry.get("modality", "any")
         if modality not in ("any", "text"):
             raise self.fail(base.id, f"modality {modality!r}", "Give any or text.")
         crosswalk = entry.get("crosswalk", {})
-        if not isinstance(crosswalk, dict) or not all(
-            isinstance(v, list) for v in crosswalk.values()
-        ):
-            raise self.fail(base.id, "`crosswalk` is no mapping of lists", "scheme: [code, ...].")
+        if not isinstance(crosswalk, dict):
+            raise self.fail(
+                base.id, f"`crosswalk` is {_short(crosswalk)}", "Write {scheme: [code, ...]}."
+            )
+        codes = {k: self.texts(crosswalk, k, base.id) for k in crosswalk}
         if "benign" not in entry:
             raise self.fail(base.id, "has no benign sibling", "Add `benign: {name, definition}`.")
         sibling_id = f"{SAFE_DOMAIN}.{base.id}"
@@ -372,7 +401,7 @@ class _Reader:
             should_not=self.texts(entry, "should_not", base.id),
             can=self.texts(entry, "can", base.id),
             sibling=sibling_id,
-            crosswalk={str(k): tuple(map(str, v)) for k, v in crosswalk.items()},
+            crosswalk=codes,
             text_only=modality == "text",
         )
         return node, replace(sibling, sibling=node.id)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hysafe.errors import ShapeError
-from hysafe.geometry import cones, get_space, lorentz
+from hysafe.geometry import cones, get_space, lorentz, numerics
 
 DIM = 64
 # What DESIGN allows an angle of the kernel, in radians.
@@ -30,9 +32,9 @@ def at_radius(v: Tensor, low: float, high: float, c: float, seed: int) -> Tensor
 
 
 def close_cloud(x: Tensor, seed: int) -> Tensor:
-    """Six points for each apex: itself, within 1e-6, 1e-3 and 1 % of it, and on its axis."""
+    """Seven points for each apex: itself, within 1e-6, 1e-3 and 1 % of it, and on its axis."""
     t = directions(len(x), seed, x.shape[1]) * x.norm(dim=-1, keepdim=True)
-    return torch.cat([x, x + 1e-6 * t, x - 1e-3 * t, 1.01 * x, 3 * x, -0.5 * x])
+    return torch.cat([x, x + 1e-6 * t, x - 1e-3 * t, 1.01 * x, 3 * x, -0.5 * x, -3 * x])
 
 
 def hard_points(c: float, count: int = 40) -> tuple[Tensor, Tensor]:
@@ -115,12 +117,15 @@ def test_the_kernel_at_the_edge_of_the_redone_region() -> None:
 
 
 def test_the_kernel_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = at_radius(directions(7, 0), 0.3, 1.5, 1.0, 1).float()
-    y = torch.cat([at_radius(directions(500, 2), 1.0, 3.0, 1.0, 3).float(), x, 1.001 * x])
+    """Chunks with single pairs redone by themselves, and one in which most are."""
+    x = at_radius(directions(40, 0), 0.3, 1.5, 1.0, 1).float()
+    y = torch.cat([at_radius(directions(400, 2), 1.0, 3.0, 1.0, 3).float(), x, 1.001 * x])
+    y = torch.cat([y, x[:1] * torch.linspace(1, 3, 40)[:, None]])
+    x[1:] = torch.where(torch.arange(39)[:, None] < 10, x[:1] * 1.5, x[1:])
     for dtype in (torch.float32, torch.float64):
         whole = cones.pairwise_margin(x.to(dtype), y.to(dtype), 1.0)
         with monkeypatch.context() as patch:
-            patch.setattr(cones, "CHUNK_ELEMENTS", 7 * 33)
+            patch.setattr(cones, "CHUNK_ELEMENTS", 40 * 33)
             patch.setattr(cones, "REFINE_ELEMENTS", 2 * DIM)
             chunks = cones.pairwise_margin(x.to(dtype), y.to(dtype), 1.0)
         torch.testing.assert_close(chunks, whole, rtol=0, atol=1e-5)
@@ -174,24 +179,42 @@ def test_a_broken_point_stays_visible() -> None:
     torch.testing.assert_close(got[kept], expected[kept], rtol=0, atol=1e-5)
 
 
-def test_no_temporary_of_pairs_times_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest tensor is as large as the input, the output or a chunk, close pairs included."""
-    apexes, count = 50, 2000
-    x = at_radius(directions(apexes, 0, 256), 0.3, 1.5, 1.0, 1).float()
-    y = torch.cat([at_radius(directions(count - 300, 2, 256), 1.0, 3.0, 1.0, 3).float()])
-    y = torch.cat([y, close_cloud(x.double(), 4).float()])
-    monkeypatch.setattr(cones, "REFINE_ELEMENTS", 20 * 256)
-    largest = 0
+class LargestTensor(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that an operation returns."""
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            nonlocal largest
-            result = func(*args, **(kwargs or {}))
-            for tensor in result if isinstance(result, tuple | list) else (result,):
-                if isinstance(tensor, Tensor):
-                    largest = max(largest, tensor.numel())
-            return result
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
 
-    with Watch():
-        cones.pairwise_margin(x, y, 1.0)
-    assert largest <= count * 256
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        cones.pairwise_margin,
+        lambda x, y, c: cones.pairwise_margin(x.double(), y.double(), c),
+        cones.pairwise_exterior_angle,
+        lorentz.pairwise_dist,
+    ],
+    ids=["kernel", "margin in float64", "angle", "dist"],
+)
+def test_no_temporary_of_pairs_times_dimension(
+    function: Callable[[Tensor, Tensor, float], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest tensor is as large as the points, though more pairs than points are redone."""
+    dim, count = 256, 1000
+    x = at_radius(directions(50, 0, dim), 0.3, 1.5, 1.0, 1)
+    y = at_radius(directions(count, 2, dim), 1.0, 3.0, 1.0, 3)
+    x[:5] = x[0] * (1 + 1e-6 * torch.arange(5, dtype=torch.float64))[:, None]
+    y[:500] = x[0] * (1 + 1e-5 * directions(500, 4, dim))
+    monkeypatch.setattr(cones, "REFINE_ELEMENTS", 20 * dim)
+    monkeypatch.setattr(numerics, "REFINE_ELEMENTS", 20 * dim)
+    with LargestTensor() as largest:
+        function(x.float(), y.float(), 1.0)
+    assert largest.elements == count * dim

@@ -126,7 +126,7 @@
 
   function thumb(item) {
     if (item.thumb === "withheld") return el("div", { class: "thumb empty withheld" }, "Picture not stored here");
-    if (!item.thumb) return el("div", { class: item.kind === "text" ? "thumb empty text" : "thumb empty", "aria-hidden": "true" }, item.kind === "text" ? "Text" : "No picture");
+    if (!item.thumb) return el("div", { class: item.kind === "text" ? "thumb empty text" : "thumb empty", "aria-hidden": "true" }, item.kind === "text" ? "Text" : item.error ? "Unreadable" : "Picture not kept here");
     const image = el("img", { alt: "", src: `data:image/jpeg;base64,${item.thumb}`, decoding: "async" });
     const word = el("span", {}, "Show");
     const box = button({ class: "thumb", "aria-pressed": "false", "aria-label": `Show the picture ${item.name}`, onclick: () => {
@@ -271,7 +271,7 @@
   else {
     const kinds = problems.types.map(([t, n]) => `${t} ${number.format(n)}`).join(", ");
     const left = problems.total - problems.rows.length;
-    $("error-list").append(el("p", { class: "hint" }, `${plural(problems.total, "item", "items")} could not be judged and ${problems.total === 1 ? "is" : "are"} rated review: ${kinds}.`),
+    $("error-list").append(el("p", { class: "hint" }, `${plural(problems.total, "item", "items")} could not be read, whole or in part (${kinds}). Nothing unreadable is dropped: a person has to look.`),
       el("table", {}, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Item"), el("th", { scope: "col" }, "Problem"))),
         el("tbody", {}, ...problems.rows.map(([source, type, message]) => el("tr", {}, el("td", {}, el("bdi", {}, source)), el("td", { class: "hostile" }, `${type}: ${message}`))))));
     if (left > 0) $("error-list").append(el("p", { class: "hint" }, `${number.format(left)} more in results.jsonl.`));

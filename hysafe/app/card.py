@@ -1,0 +1,333 @@
+"""``hysafe eval card``: every figure of the model card, with baselines from the same run."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.functional.classification import binary_auroc, binary_average_precision
+
+from hysafe.app.pipeline import SafetyModel, load
+from hysafe.data.contrast import contrast_set
+from hysafe.data.datamodule import EmbedData, Pictures, WorldTree
+from hysafe.encoder.model import HyperbolicEncoder
+from hysafe.encoder.pretrained import LIFT_CONE_SCALE, LIFT_RADIUS, resolve_folder
+from hysafe.encoder.towers import mini_architecture
+from hysafe.errors import ConfigError
+from hysafe.geometry import Points
+from hysafe.score.calibration import (
+    Calibration,
+    ModalityCalibration,
+    expected_calibration_error,
+    fit_platt,
+    fit_temperature,
+    quantile_grid,
+)
+from hysafe.score.leaves import LeafScores, score_margins
+from hysafe.taxonomy import metrics
+from hysafe.types import Sample
+
+__all__ = ["evaluate_card", "fit_calibration"]
+
+# The share of safe sentences rated unsafe is reported at the threshold of the product.
+THRESHOLD = 0.5
+LOGISTIC_C = (0.1, 1.0, 10.0, 100.0)
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Contrast sentences of one split with what a figure needs."""
+
+    samples: list[Sample]
+
+    @property
+    def texts(self) -> list[str]:
+        return [str(s.text) for s in self.samples]
+
+    @property
+    def unsafe(self) -> Tensor:
+        return torch.tensor([not s.safe for s in self.samples])
+
+    def categories(self) -> list[str]:
+        return [s.nodes[0] for s in self.samples if not s.safe]
+
+
+def evaluate_card(
+    name: str,
+    *,
+    control: str | None = None,
+    data: str | None = None,
+    fit: bool = False,
+    out: Path | None = None,
+) -> int:
+    """Print the card's table; write ``card.json`` and ``card.md`` into `out`.
+
+    Args:
+        name: model to evaluate. control: its Euclidean control, a folder.
+        data: development data; HYSAFE_DATA by default.
+        fit: fit the calibration of the model (and control) first and store it in the folder.
+    """
+    module = EmbedData(data_dir=data)
+    module.setup()
+    rows: dict[str, dict[str, float]] = {}
+    for label, model_name in (("hysafe " + name, name), ("Euclidean control", control)):
+        if model_name is None:
+            continue
+        model = load(model_name)
+        if fit:
+            folder = resolve_folder(model_name)
+            if folder is None:
+                raise ConfigError(f"--fit needs a model folder, got {model_name!r}.")
+            fit_calibration(model, module).save(folder)
+            model = load(model_name)
+        rows[label] = {**text_figures(model), **picture_figures(model, module)}
+    rows["untrained lift (MiniLM)"] = text_figures(_untrained_lift())
+    rows["MiniLM + logistic regression"] = logistic_figures()
+    card = {"figures": rows, "setting": _setting(name, control)}
+    table = _markdown(rows)
+    print(table)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "card.json").write_text(json.dumps(card, indent=1, sort_keys=True) + "\n")
+        (out / "card.md").write_text(table + "\n")
+        print(f"{out}/: card.json, card.md")
+    return 0
+
+
+def fit_calibration(model: SafetyModel, data: EmbedData) -> Calibration:
+    """Platt scaling, temperature and conformal scores, from validation texts and held-out pictures.
+
+    Texts: the contrast validation split; the held-out shares of the public text sets join it for
+    the conformal scores. Pictures: the held-out share of the training pictures.
+    """
+    table, apexes = model.place(model.view())
+    scale = float(model.encoder.cone_scale())
+    texts = _Texts(contrast_set("validation"))
+    margins = model.encode_text(texts.texts).margin(apexes)
+    scores = score_margins(margins, table, scale=scale)
+    slope, offset = fit_platt(scores.evidence, texts.unsafe)
+    risk = margins[texts.unsafe][:, table.leaves[table.risk]] * scale
+    ids = [table.ids[i] for i in table.leaves[table.risk].tolist()]
+    labels = torch.tensor([ids.index(c) for c in texts.categories()])
+    temperature = fit_temperature(risk, labels)
+    public = [str(s.text) for s in data.held_out_texts]
+    more = score_margins(model.encode_text(public).margin(apexes), table, scale=scale)
+    channels = {
+        "text": _channel_calibration(slope, offset, temperature, [scores, more]),
+    }
+    held = data.held_out_pictures
+    points, _ = _encode_pictures(model, held)
+    picture = score_margins(points.margin(apexes), table, scale=scale)
+    unsafe = (held.candidates[:, data.leaves.risky].any(-1)).cpu()
+    slope, offset = fit_platt(picture.evidence, unsafe)
+    channels["image"] = _channel_calibration(slope, offset, 1.0, [picture])
+    return Calibration(
+        channels,
+        "contrast validation split and held-out 5 % of the public text sets; held-out 5 % of the "
+        "training pictures",
+    )
+
+
+def _channel_calibration(
+    slope: float, offset: float, temperature: float, scores: list[LeafScores]
+) -> ModalityCalibration:
+    energy = torch.cat([s.energy for s in scores])
+    policy = torch.cat([s.policy_evidence for s in scores])
+    return ModalityCalibration(
+        slope, offset, temperature, quantile_grid(energy), quantile_grid(policy), len(energy)
+    )
+
+
+# ---------------------------------------------------------------- figures
+
+
+def text_figures(model: SafetyModel) -> dict[str, float]:
+    """Figures on the contrast test split."""
+    table, apexes = model.place(model.view())
+    texts = _Texts(contrast_set("test"))
+    points = model.encode_text(texts.texts)
+    margins = points.margin(apexes)
+    fit = model.calibration.channel("text")
+    scores = score_margins(
+        margins, table, scale=float(model.encoder.cone_scale()), slope=fit.slope,
+        offset=fit.offset, temperature=fit.temperature,
+    )  # fmt: skip
+    leaves = table.leaves[table.risk]
+    best = [table.ids[int(leaves[i])] for i in scores.nodes[texts.unsafe][:, leaves].argmax(-1)]
+    inside = margins[texts.unsafe] > 0
+    position = [table.index[c] for c in texts.categories()]
+    figures = _text_figures(texts, scores.evidence, best, model.taxonomy.parents)
+    figures["text in its category's cone"] = float(inside[range(len(position)), position].float().mean())
+    if model.calibration.fitted:
+        figures["text ECE"] = expected_calibration_error(scores.p_unsafe, texts.unsafe)
+        hard = torch.tensor([s.extra["side"] == "background_hard" for s in texts.samples])
+        over = scores.p_unsafe >= THRESHOLD
+        figures["false alarms, benign siblings"] = float(
+            over[~texts.unsafe & torch.tensor([s.pair is not None for s in texts.samples])]
+            .float().mean()
+        )  # fmt: skip
+        figures["false alarms, feared words"] = float(over[hard].float().mean())
+        figures["recall, risky sentences"] = float(over[texts.unsafe].float().mean())
+    return figures
+
+
+def _text_figures(
+    texts: _Texts, evidence: Tensor, best: list[str], parents: dict[str, str | None]
+) -> dict[str, float]:
+    truth = texts.categories()
+    tree = {k: v for k, v in parents.items()}
+    scores = metrics.hierarchical_scores(tree, best, truth)
+    return {
+        "text AUROC": float(binary_auroc(evidence.float(), texts.unsafe.long())),
+        "text average precision": float(
+            binary_average_precision(evidence.float(), texts.unsafe.long())
+        ),
+        "category top-1 of 45": sum(a == b for a, b in zip(best, truth, strict=True)) / len(truth),
+        "domain top-1 of 12": sum(
+            parents[a] == parents[b] for a, b in zip(best, truth, strict=True)
+        )
+        / len(truth),
+        "category tree-induced error": scores.tree_induced_error,
+        "category hierarchical precision": scores.precision,
+    }
+
+
+def picture_figures(model: SafetyModel, data: EmbedData) -> dict[str, float]:
+    """Class retrieval on Tiny-ImageNet's val.parquet, and risk on its weak labels."""
+    pictures = data.validation_pictures
+    if pictures is None:
+        return {}
+    points, _ = _encode_pictures(model, pictures)
+    prototypes = class_points(model, data.world)[range(data.photo_classes)]
+    order = points.dist(prototypes).argsort(-1)
+    truth = pictures.classes
+    leaf = data.world.leaf_ids()
+    scores = metrics.hierarchical_scores(
+        data.world.parents(), [leaf[i] for i in order[:, 0]], [leaf[i] for i in truth]
+    )
+    table, apexes = model.place(model.view())
+    fit = model.calibration.channel("image")
+    judged = score_margins(
+        points.margin(apexes), table, scale=float(model.encoder.cone_scale()), slope=fit.slope,
+        offset=fit.offset,
+    )  # fmt: skip
+    unsafe = pictures.candidates[:, data.leaves.risky].any(-1)
+    figures = {
+        "picture top-1 of 177": float((order[:, 0] == truth).float().mean()),
+        "picture top-5 of 177": float((order[:, :5] == truth[:, None]).any(-1).float().mean()),
+        "picture tree-induced error": scores.tree_induced_error,
+        "picture hierarchical precision": scores.precision,
+        "picture hierarchical recall": scores.recall,
+        "picture risk AUROC (weak labels)": float(binary_auroc(judged.evidence, unsafe.long())),
+    }
+    if model.calibration.fitted:
+        figures["picture ECE"] = expected_calibration_error(judged.p_unsafe, unsafe)
+    return figures
+
+
+def class_points(model: SafetyModel, world: WorldTree) -> Points:
+    """Text points of the classes: mean feature of three phrases each, through the text head."""
+    from hysafe.app.tasks import class_phrases
+
+    banks = [class_phrases(n, c) for n, c in zip(world.names, world.chains, strict=True)]
+    with torch.inference_mode():
+        points = model.encoder.lift("text", model.encoder.node_features(banks))
+    return Points(points.space.clone(), float(points.c), points.geometry)
+
+
+def _encode_pictures(model: SafetyModel, pictures: Pictures, batch: int = 256) -> tuple[Points, int]:
+    parts = []
+    with torch.inference_mode():
+        for start in range(0, len(pictures), batch):
+            pixels = torch.from_numpy(pictures.pixels[start : start + batch])
+            parts.append(model.encoder.encode_image(pixels.to(model.encoder.device)).space.cpu())
+    c = float(model.encoder.curvature())
+    return Points(torch.cat(parts).clone(), c, model.encoder.space), len(parts)
+
+
+# ---------------------------------------------------------------- baselines
+
+
+def _untrained_lift() -> SafetyModel:
+    """MiniLM on the hyperboloid without training: directions of features, radii of depths."""
+    encoder = HyperbolicEncoder(
+        mini_architecture("resnet10t", lora_rank=0), normalize="unit", linear_heads=False,
+        instance_radius=LIFT_RADIUS, learn_curvature=False,
+    )  # fmt: skip
+    encoder.cone_scale.set(LIFT_CONE_SCALE)
+    return SafetyModel(encoder, name="lift")
+
+
+def logistic_figures() -> dict[str, float]:
+    """Frozen MiniLM features and logistic regression, strength chosen on the validation split."""
+    try:
+        from sklearn.linear_model import LogisticRegression
+    except ImportError as error:
+        raise ConfigError("the baseline needs scikit-learn: pip install 'hysafe[test]'") from error
+    model = _untrained_lift()
+    splits = {s: _Texts(contrast_set(s)) for s in ("train", "validation", "test")}
+    x = {
+        s: F.normalize(model.encoder.text_features(t.texts), dim=-1).cpu().numpy()
+        for s, t in splits.items()
+    }
+    y = {s: t.unsafe.numpy() for s, t in splits.items()}
+    z = {s: t.categories() for s, t in splits.items()}
+
+    def best(fit: Any, score: Any) -> Any:
+        return max((fit(c) for c in LOGISTIC_C), key=score)
+
+    def binary(c: float) -> Any:
+        return LogisticRegression(C=c, max_iter=3000).fit(x["train"], y["train"])
+
+    def categories(c: float) -> Any:
+        return LogisticRegression(C=c, max_iter=3000).fit(x["train"][y["train"]], z["train"])
+
+    def auroc(m: Any) -> float:
+        evidence = torch.tensor(m.decision_function(x["validation"]))
+        return float(binary_auroc(evidence, torch.tensor(y["validation"]).long()))
+
+    def accuracy(m: Any) -> float:
+        return float(m.score(x["validation"][y["validation"]], z["validation"]))
+
+    chosen = best(binary, auroc)
+    evidence = torch.tensor(chosen.decision_function(x["test"]))
+    predicted = list(best(categories, accuracy).predict(x["test"][y["test"]]))
+    return _text_figures(splits["test"], evidence, predicted, model.taxonomy.parents)
+
+
+# ---------------------------------------------------------------- output
+
+
+def _setting(name: str, control: str | None) -> dict[str, Any]:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True,
+            check=False, timeout=10,
+        )  # fmt: skip
+        commit = done.stdout.strip() or "unknown"
+    except OSError:
+        commit = "unknown"
+    command = f"hysafe eval card --model {name}" + (f" --control {control}" if control else "")
+    return {
+        "command": command,
+        "commit": commit,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _markdown(rows: dict[str, dict[str, float]]) -> str:
+    figures = list(dict.fromkeys(k for row in rows.values() for k in row))
+    lines = ["| figure | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
+    for figure in figures:
+        cells = [f"{row[figure]:.3f}" if figure in row else "" for row in rows.values()]
+        lines.append(f"| {figure} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

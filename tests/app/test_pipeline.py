@@ -1,0 +1,231 @@
+"""From items to judgements: contracts that hold for any weights."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from hysafe.app.pipeline import SafetyModel, ScanOptions
+from hysafe.app.scan import scan
+from hysafe.data.images import content_hash
+from hysafe.index import Collection
+from hysafe.score.calibration import Calibration, ModalityCalibration
+from hysafe.taxonomy import Policy
+from hysafe.types import ErrorRecord, Item
+
+
+def png(color: tuple[int, int, int] = (200, 30, 30), side: int = 48) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side), color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class Reader:
+    """Stands for the OCR engine: the contract of `read`, no engine."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.calls = text, 0
+
+    def read(self, image: Any, content_hash: str) -> Any:
+        self.calls += 1
+        return type("Read", (), {"text": self.text})()
+
+
+def test_one_result_per_item_in_order(tiny_model: SafetyModel, tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    file.write_bytes(png())
+    results = tiny_model.moderate(
+        texts=["hello there", "second"], images=[Image.new("RGB", (9, 9)), str(file), png()]
+    )
+    assert [r.modality for r in results] == ["text", "text", "image", "image", "image"]
+    assert all(r.error is None and r.p_unsafe is not None for r in results)
+    assert set(results[0].to_dict()) == {
+        "id", "source", "modality", "rating", "p_unsafe", "paths", "novelty", "radius", "channels",
+        "error", "hashes",
+    }  # fmt: skip
+
+
+def test_nothing_to_judge_is_nothing(tiny_model: SafetyModel) -> None:
+    assert tiny_model.moderate() == []
+    assert len(tiny_model.encode_text([])) == 0
+    assert len(tiny_model.encode_image([])) == 0
+
+
+def test_unreadable_items_fail_closed(tiny_model: SafetyModel) -> None:
+    results = tiny_model.moderate(images=["/nowhere/picture.jpg", b"no picture", png()])
+    assert [r.rating for r in results[:2]] == ["review", "review"]
+    assert all(r.error is not None and r.p_unsafe is None for r in results[:2])
+    assert results[2].error is None
+
+
+def test_empty_text_is_reviewed_not_cleared(tiny_model: SafetyModel) -> None:
+    (result,) = tiny_model.moderate(texts=[""])
+    assert result.rating == "review"
+    assert result.error is not None
+
+
+def test_same_input_same_line(tiny_model: SafetyModel) -> None:
+    texts = [f"sentence number {i} " + "word " * (i % 7) for i in range(40)]
+    first = [json.dumps(r.to_dict()) for r in tiny_model.moderate(texts=texts)]
+    assert first == [json.dumps(r.to_dict()) for r in tiny_model.moderate(texts=texts)]
+
+
+def test_scores_do_not_depend_on_the_batch_size(tiny_model: SafetyModel) -> None:
+    items = [Item(f"{i}", "s", "text", text=f"text {i} " * (1 + i)) for i in range(11)]
+    runs = [
+        [j.result.p_unsafe for j in tiny_model.judge(items, options=ScanOptions(batch, 0))]
+        for batch in (1, 4, 64)
+    ]
+    assert runs[0] == pytest.approx(runs[1], abs=2e-4)
+    assert runs[0] == pytest.approx(runs[2], abs=2e-4)
+
+
+def test_long_text_goes_through_windows(tiny_model: SafetyModel) -> None:
+    long = "the weather is fine today and the park is full of people " * 60
+    (whole,) = tiny_model.moderate(texts=[long])
+    assert whole.p_unsafe is not None
+    (endless,) = tiny_model.moderate(texts=["word " * 20_000])
+    assert endless.rating in ("review", "unsafe")  # read in part: never cleared
+    (glued,) = tiny_model.moderate(texts=["x" * 5_000])
+    assert glued.p_unsafe is not None
+
+
+def test_riskier_channel_counts(tiny_model: SafetyModel) -> None:
+    item = Item("a", "s", "image+text", text="hello", image=png(), content_hash="h")
+    (judged,) = tiny_model.judge([item], options=ScanOptions(8, 0))
+    channels = judged.result.channels
+    assert {"image", "text"} <= set(channels)
+    p = {k: v["p_unsafe"] for k, v in channels.items() if isinstance(v, dict)}
+    assert judged.result.p_unsafe == max(p.values())
+    assert channels["decided_by"] in p
+    assert judged.vector is not None
+    assert judged.text_vector is not None
+
+
+def test_text_read_in_a_picture_is_judged(tiny_model: SafetyModel) -> None:
+    reader = Reader("selling stolen goods")
+    (result,) = tiny_model.moderate(images=[png()], ocr=reader)
+    (alone,) = tiny_model.moderate(texts=["selling stolen goods"])
+    assert reader.calls == 1
+    assert result.channels["ocr"]["text"] == "selling stolen goods"
+    assert result.channels["ocr"]["p_unsafe"] == pytest.approx(alone.p_unsafe, abs=2e-4)
+
+
+def test_failed_reading_fails_closed(tiny_model: SafetyModel) -> None:
+    from hysafe.errors import InputError
+
+    class Broken:
+        def read(self, image: Any, content_hash: str) -> Any:
+            raise InputError("the engine failed")
+
+    (result,) = tiny_model.moderate(images=[png()], ocr=Broken())
+    assert result.rating != "safe"
+    assert result.error is not None
+
+
+def test_policy_switches_a_domain_off(tiny_model: SafetyModel) -> None:
+    off = Policy.from_dict({"nodes": {f"D{i}": {"status": "non_violating"} for i in range(1, 13)}})
+    (result,) = tiny_model.moderate(texts=["anything at all"], policy=off)
+    assert result.p_unsafe == 0
+    assert result.paths == ()
+    assert result.hashes.policy != tiny_model.moderate(texts=["x"])[0].hashes.policy
+
+
+def test_policy_node_from_text_is_scored(tiny_model: SafetyModel) -> None:
+    policy = Policy.from_dict(
+        {"nodes": {"x.1": {"parent": "D6", "name": "Laser pointers", "definition": "Sale of them.",
+                           "synonyms": ["laser pointer sale"]}}}
+    )  # fmt: skip
+    view = tiny_model.view(policy)
+    table, apexes = tiny_model.place(view)
+    assert "x.1" in table.index
+    assert len(apexes) == len(view.taxonomy)
+    (result,) = tiny_model.moderate(texts=["laser pointer for sale"], policy=policy)
+    assert result.p_unsafe is not None
+
+
+def test_children_never_score_above_parents(tiny_model: SafetyModel) -> None:
+    from hysafe.score.leaves import score_margins
+
+    table, apexes = tiny_model.place(tiny_model.view())
+    margins = tiny_model.encode_text(["one", "two words", "three words here"]).margin(apexes)
+    scores = score_margins(margins, table, scale=10.0)
+    for node in tiny_model.taxonomy:
+        if node.parent and node.risky:
+            child, parent = table.index[node.id], table.index[node.parent]
+            assert (scores.nodes[:, child] <= scores.nodes[:, parent] + 1e-6).all()
+
+
+def test_novelty_sends_to_review(tiny_model: SafetyModel) -> None:
+    # every energy lies above a calibration set of very low ones: all is novel
+    fit = ModalityCalibration(1.0, -50.0, 1.0, (-1e6,) * 10, (-1e6,) * 10, 999)
+    model = SafetyModel(tiny_model.encoder, calibration=Calibration({"text": fit}))
+    (result,) = model.moderate(texts=["anything"])
+    assert result.novelty.distribution == pytest.approx(0.001)
+    assert result.rating == "review"
+    assert "unlike" in result.channels["reason"]
+
+
+def test_encoded_taxonomy_is_cached_under_both_hashes(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hysafe.app.pipeline import load
+
+    first = load(str(tiny_folder), cache=tmp_path)
+    first.place(first.view())
+    (file,) = tmp_path.iterdir()
+    assert first.hash in file.name
+    assert first.taxonomy.hash in file.name
+    second = load(str(tiny_folder), cache=tmp_path)
+
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the taxonomy was encoded again")
+
+    monkeypatch.setattr(second.encoder, "node_features", never)
+    a, b = first.place(first.view())[1], second.place(second.view())[1]
+    assert a.space.equal(b.space)
+
+
+def test_scan_writes_one_line_and_one_row_per_item(tiny_model: SafetyModel, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "good.png").write_bytes(png())
+    (folder / "bad.jpg").write_bytes(png()[:40])
+    (folder / "lines.txt").write_text("one line\n\nanother line\n", "utf-8")
+    (folder / "note.md").write_text("left out")
+    summary = scan([str(folder)], tmp_path / "out", tiny_model, options=ScanOptions(2, 0))
+    lines = (tmp_path / "out/results.jsonl").read_text("utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert summary.items == len(rows) == 4
+    assert len(Collection.open(tmp_path / "out")) == 4
+    assert sum(r["error"] is not None for r in rows) == 1
+    assert all(r["rating"] == "review" for r in rows if r["error"])
+    assert (tmp_path / "out/report.html").stat().st_size > 1000
+    meta = Collection.open(tmp_path / "out").meta
+    assert meta.model == tiny_model.hash == rows[0]["hashes"]["model"]
+
+
+def test_second_scan_gives_the_same_lines(tiny_model: SafetyModel, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("alpha\nbeta\n")
+    outs = []
+    for name in ("one", "two"):
+        scan([str(tmp_path / "a.txt")], tmp_path / name, tiny_model, report=False)
+        outs.append((tmp_path / name / "results.jsonl").read_bytes())
+    assert outs[0] == outs[1]
+
+
+def test_item_errors_keep_their_message(tiny_model: SafetyModel) -> None:
+    item = Item("a", "s", "image", error=ErrorRecord("InputError", "truncated; send it again"))
+    (judged,) = tiny_model.judge([item], options=ScanOptions(4, 0))
+    assert judged.result.error == item.error
+    assert judged.result.rating == "review"
+
+
+def test_content_hash_is_in_the_result(tiny_model: SafetyModel) -> None:
+    (result,) = tiny_model.moderate(images=[png()])
+    assert result.hashes.content == content_hash(png(), None)
