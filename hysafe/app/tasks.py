@@ -110,11 +110,11 @@ class EncoderTask(L.LightningModule):
 
     def monitor_scalars(self) -> dict[str, float]:
         """Curvature, scales and whether a bound saturates."""
-        values = {"monitor/curvature": float(self.encoder.curvature())}
+        values = {"monitor/curvature": float(self.encoder.curvature().detach())}
         for name, module in self.named_modules():
             if isinstance(module, BoundedScalar):
                 short = name.removeprefix("encoder.").replace(".", "_")
-                values[f"monitor/{short}"] = float(module())
+                values[f"monitor/{short}"] = float(module().detach())
                 values[f"saturated/{short}"] = float(module.saturated)
         return values
 
@@ -142,6 +142,7 @@ class TaxonomyTask(EncoderTask):
         label_smoothing: of the picture classes.
         text_dropout: on text features, before the head.
         text_every: texts take part in every n-th step, with n times the weight.
+        phrases: at most this many phrases a node (quick runs); all when None.
         train_sizes: [[share of training from which on, side], ...]: smaller pictures first.
         refresh_every: steps between re-encodings of all phrases (nodes, classes, hypernyms); in
             between the head moves and the tower's phrase features stand still.
@@ -160,6 +161,7 @@ class TaxonomyTask(EncoderTask):
         label_smoothing: float = 0.1,
         text_dropout: float = 0.1,
         text_every: int = 1,
+        phrases: int | None = None,
         train_sizes: list[list[float]] = [[0.0, 64]],  # noqa: B006 - read only
         refresh_every: int = 400,
         monitor_every: int = 200,
@@ -184,7 +186,7 @@ class TaxonomyTask(EncoderTask):
         self.weights, self.image_weight = weights, image_weight
         self.image_leaf_weight, self.class_entail = image_leaf_weight, class_entail
         self.concept_weight, self.label_smoothing = concept_weight, label_smoothing
-        self.text_dropout, self.text_every = text_dropout, text_every
+        self.text_dropout, self.text_every, self.phrases = text_dropout, text_every, phrases
         self.classifier_weight = classifier_weight
         self.train_sizes, self.augment = train_sizes, augment
         self.refresh_every, self.monitor_every = refresh_every, monitor_every
@@ -197,7 +199,7 @@ class TaxonomyTask(EncoderTask):
         leaves = data.leaves
         self._leaves = leaves
         self._edges, self._siblings = leaves.edges(), leaves.siblings()
-        self._node_phrases = [n.phrases for n in data.taxonomy]
+        self._node_phrases = [n.phrases[: self.phrases] for n in data.taxonomy]
         world = data.world
         if not hasattr(self, "classifier"):
             self.classifier = torch.nn.Linear(self.encoder.towers.embed_dim, len(world.names))
@@ -464,7 +466,7 @@ class PresetTask(EncoderTask):
         self.log_terms(terms)
         if self.global_step % 50 == 0:
             radii = {
-                f"radius/{k}": float(self.space.dist0(v.detach(), self.encoder.curvature()).mean())
+                f"radius/{k}": float(self.space.dist0(v.detach(), self.encoder.curvature().detach()).mean())
                 for k, v in points.items()
             }
             self.log_dict({**self.monitor_scalars(), **radii})

@@ -16,7 +16,7 @@ import logging
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageChops, UnidentifiedImageError
 
 from hysafe.errors import InputError
 
@@ -35,7 +35,8 @@ __all__ = [
 # WEBP and TIFF stand last: looking for them makes Pillow import all its plugins, once.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF")
 
-# 134 million pixels: holds the 108-megapixel pictures of phones, refuses 20,000 x 20,000.
+# 134 million pixels: holds the 108-megapixel pictures of phones, refuses 20,000 x 20,000. At the
+# limit, decoding an RGBA picture takes 1.1 GiB.
 MAX_PIXELS = 1 << 27
 
 # Goes into the model's hash: change it whenever `decode` or `to_pixels` give other pixels.
@@ -85,7 +86,8 @@ def decode(data: bytes, *, size: int | None = None, max_pixels: int = MAX_PIXELS
         if size is not None:
             image.draft(None, (DRAFT_FACTOR * size, DRAFT_FACTOR * size))
         image.load()
-        return to_rgb(_upright(image))
+        image = _upright(image)
+        return _on_white(image) if image.mode == "RGBA" else to_rgb(image)
     except InputError:
         raise
     except UnidentifiedImageError as error:
@@ -140,10 +142,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
     if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        canvas = Image.new("RGB", image.size, "white")
-        canvas.paste(layer, mask=layer.getchannel("A"))
-        return canvas
+        return _on_white(image.convert("RGBA"))  # a copy, also of RGBA
     return image.convert("RGB")
 
 
@@ -200,6 +199,13 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
     method = UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return image if method is None else image.transpose(method)
+
+
+def _on_white(layer: Image.Image) -> Image.Image:
+    """RGBA to RGB on white. Overwrites `layer`: at the pixel limit one copy is half a gigabyte."""
+    transparency = ImageChops.invert(layer.getchannel("A"))
+    layer.paste((255, 255, 255, 255), None, transparency)
+    return layer.convert("RGB")
 
 
 def _eight_bits(values: NDArray[np.generic]) -> NDArray[np.uint8]:

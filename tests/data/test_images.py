@@ -267,6 +267,12 @@ def test_pixels_take_any_mode(mode: str) -> None:
     assert to_pixels(Image.new(mode, (5, 9)), 4).shape == (3, 4, 4)
 
 
+def test_pixels_leave_the_picture_as_it_was() -> None:
+    image = Image.new("RGBA", (5, 5), (*BLUE, 100))
+    assert tuple(to_pixels(image, 5)[:, 0, 0]) == (155, 155, 255)
+    assert image.getpixel((0, 0)) == (*BLUE, 100)
+
+
 def test_content_hash_tells_pictures_from_texts() -> None:
     hashes = {
         content_hash(b"a", None),

@@ -1,0 +1,105 @@
+"""Training: every config is built, the tiny one runs, a run resumes and exports."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from hysafe.app.tasks import random_resized_crop_flip
+from hysafe.app.training import embed_main
+from hysafe.encoder import HyperbolicEncoder
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "embed"
+
+
+def fit(name: str, folder: Path, *more: str) -> None:
+    embed_main(
+        ["fit", "--config", str(CONFIGS / f"{name}.yaml"),
+         "--trainer.default_root_dir", str(folder), "--trainer.enable_progress_bar", "false",
+         "--trainer.enable_model_summary", "false", *more]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("space", ["lorentz", "euclidean"])
+def test_tiny_runs_two_steps_logs_and_exports(space: str, tmp_path: Path) -> None:
+    fit("tiny", tmp_path, "--model.init_args.space", space,
+        "--trainer.logger.init_args.save_dir", str(tmp_path))  # fmt: skip
+    with (tmp_path / "csv/metrics.csv").open() as lines:
+        columns = set(next(csv.reader(lines)))
+    assert {"train/text_leaf", "train/edge", "radius/depth_1", "aperture/depth_2",
+            "monitor/violated_edges", "saturated/curvature", "validation/auroc"} <= columns  # fmt: skip
+    encoder = HyperbolicEncoder.load_directory(tmp_path / "model")
+    assert encoder.space == space
+    assert (tmp_path / "environment.json").is_file()
+
+
+def test_resume_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
+    fit("tiny", tmp_path, "--trainer.logger", "false")
+    (last,) = tmp_path.glob("**/last.ckpt")
+    fit("tiny", tmp_path, "--trainer.logger", "false", "--trainer.max_steps", "3",
+        "--ckpt_path", str(last))  # fmt: skip
+    newest = max(tmp_path.glob("**/last*.ckpt"), key=lambda p: p.stat().st_mtime)
+    state = torch.load(newest, weights_only=True)
+    assert state["global_step"] == 3
+
+
+def quadruplets(path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def picture(i: int) -> bytes:
+        buffer = io.BytesIO()
+        Image.new("RGB", (40, 40), (i * 20 % 255, 90, 40)).save(buffer, "JPEG")
+        return buffer.getvalue()
+
+    rows = {
+        "safe": [f"a calm scene number {i}" for i in range(8)],
+        "nsfw": [f"a risky scene number {i}" for i in range(8)],
+        "safe_image": [picture(i) for i in range(8)],
+        "nsfw_image": [picture(i + 8) for i in range(8)],
+        "text": [f"caption {i}" for i in range(8)],
+        "image": [picture(i) for i in range(8)],
+    }
+    pq.write_table(pa.table(rows), path)
+
+
+@pytest.mark.parametrize("name", ["hysac_vit_l14", "vit_b16"])
+def test_published_recipes_train_on_small_towers(name: str, tmp_path: Path) -> None:
+    """The config as it is, but for the towers and the data."""
+    file = tmp_path / "rows.parquet"
+    quadruplets(file)
+    fit(name, tmp_path / "run", "--model.init_args.open_clip", "null",
+        "--model.init_args.image_tower", "resnet10t", "--model.init_args.image_size", "32",
+        "--data.init_args.location", str(file), "--data.init_args.image_size", "32",
+        "--data.init_args.batch", "4", "--data.init_args.workers", "0",
+        "--trainer.max_steps", "2", "--trainer.accelerator", "cpu", "--trainer.logger", "false")  # fmt: skip
+    assert (tmp_path / "run/model/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_names_real_settings(path: Path) -> None:
+    """Each class and argument exists; building the large towers is not needed for that."""
+    import inspect
+    from importlib import import_module
+
+    config = yaml.safe_load(path.read_text())
+    for part in ("model", "data"):
+        module, _, name = config[part]["class_path"].rpartition(".")
+        known = inspect.signature(getattr(import_module(module), name)).parameters
+        assert set(config[part]["init_args"]) <= set(known)
+
+
+def test_crops_keep_range_and_shape() -> None:
+    pixels = torch.randint(0, 256, (5, 3, 32, 32)).float()
+    out = random_resized_crop_flip(pixels, 24)
+    assert out.shape == (5, 3, 24, 24)
+    assert out.min() >= 0
+    assert out.max() <= 255
+    flat = random_resized_crop_flip(torch.full((2, 3, 16, 16), 7.0), 16)
+    assert torch.allclose(flat, torch.full_like(flat, 7.0), atol=1e-4)

@@ -1,0 +1,322 @@
+"""Policies: statuses, thresholds, inheritance, new and re-described nodes, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hysafe.errors import TaxonomyError
+from hysafe.taxonomy import Policy, PolicyView, Taxonomy, load_taxonomy
+from hysafe.taxonomy.policy import DEFAULT_THRESHOLD, SENSITIVE_THRESHOLD
+
+ROOT = Path(__file__).resolve().parents[2]
+
+NEW = {"parent": "D6", "name": "Drone parts", "definition": "Parts for armed drones."}
+
+
+@pytest.fixture(scope="module")
+def taxonomy() -> Taxonomy:
+    return load_taxonomy()
+
+
+def view(taxonomy: Taxonomy, nodes: dict[str, Any]) -> PolicyView:
+    return Policy.from_dict({"nodes": nodes}, origin="shop.yaml").apply(taxonomy)
+
+
+def read(tmp_path: Path, text: str) -> Policy:
+    path = tmp_path / "shop.yaml"
+    path.write_text(text, "utf-8")
+    return Policy.load(path)
+
+
+EXAMPLE = """
+name: shop
+nodes:
+  D1: {status: non_violating}
+  "6.1": {status: sensitive, threshold: 0.4}
+  "x.1": {parent: D6, name: Drone parts, definition: Parts for armed drones.,
+          synonyms: [drone bomb rack, grenade dropper]}
+"""
+
+
+def test_the_example_of_the_documentation_does_what_it_says(
+    taxonomy: Taxonomy, tmp_path: Path
+) -> None:
+    policy = read(tmp_path, EXAMPLE)
+    seen = policy.apply(taxonomy)
+    assert policy.name == "shop"
+    assert not any(seen.active(n.id) for n in taxonomy.descendants("D1"))
+    assert not seen.active("D1")
+    assert seen.status("6.1") == "sensitive"
+    assert seen.threshold("6.1") == 0.4
+    new = seen.taxonomy["x.1"]
+    assert (new.kind, new.parent, new.name) == ("category", "D6", "Drone parts")
+    assert new.synonyms == ("drone bomb rack", "grenade dropper")
+    assert seen.active("x.1")
+    assert seen.taxonomy.path("x.1").ids == ("D6", "x.1")
+    untouched = [n for n in taxonomy if n.risky and n.id.split(".")[0] not in ("D1", "1", "6")]
+    for node in untouched:
+        assert seen.active(node.id)
+        assert seen.threshold(node.id) == DEFAULT_THRESHOLD
+
+
+def test_the_empty_policy_is_the_taxonomy_as_it_is(taxonomy: Taxonomy) -> None:
+    seen = Policy().apply(taxonomy)
+    assert seen.taxonomy is taxonomy
+    for node in taxonomy:
+        assert seen.status(node.id) == "default"
+        assert seen.active(node.id) == node.risky
+        assert seen.threshold(node.id) == DEFAULT_THRESHOLD
+
+
+def test_descendants_inherit_and_the_nearest_rule_wins(taxonomy: Taxonomy) -> None:
+    seen = view(
+        taxonomy,
+        {
+            "D6": {"status": "non_violating"},
+            "6.1": {"status": "sensitive"},
+            "6.1.2": {"status": "default"},
+        },
+    )
+    assert {seen.status(n) for n in ("D6", "6.2", "6.3", "6.2.1")} == {"non_violating"}
+    assert {seen.status(n) for n in ("6.1", "6.1.1", "6.1.3")} == {"sensitive"}
+    assert seen.status("6.1.2") == "default"
+    assert seen.active("6.1.2")
+    assert not seen.active("6.2.1")
+
+
+def test_thresholds_are_inherited_and_the_nearest_wins(taxonomy: Taxonomy) -> None:
+    seen = view(
+        taxonomy,
+        {
+            "D6": {"threshold": 0.9},
+            "6.1": {"status": "sensitive"},
+            "6.1.1": {"threshold": 0.1},
+            "6.2": {"status": "sensitive", "threshold": 0.3},
+            "6.3": {"status": "default"},
+        },
+    )
+    assert seen.threshold("6.4") == 0.9  # from its domain
+    assert seen.threshold("6.1") == SENSITIVE_THRESHOLD
+    assert seen.threshold("6.1.2") == SENSITIVE_THRESHOLD
+    assert seen.threshold("6.1.1") == 0.1
+    assert seen.status("6.1.1") == "sensitive"  # a threshold alone leaves the status
+    assert seen.threshold("6.2.1") == 0.3
+    assert seen.threshold("6.3") == DEFAULT_THRESHOLD  # default is a rule, not a gap
+    assert seen.threshold("D7") == DEFAULT_THRESHOLD
+
+
+def test_a_new_node_below_a_category_is_a_concept(taxonomy: Taxonomy) -> None:
+    seen = view(taxonomy, {"x.2": {**NEW, "parent": "6.1"}, "6.1": {"status": "sensitive"}})
+    assert seen.taxonomy["x.2"].kind == "concept"
+    assert seen.status("x.2") == "sensitive"
+    assert seen.taxonomy["x.2"] in seen.taxonomy.concepts
+    assert len(taxonomy.concepts) == 194  # the taxonomy itself is untouched
+
+
+@pytest.mark.parametrize("order", [("x.1", "x.1.1"), ("x.1.1", "x.1")])
+def test_a_new_node_may_stand_below_a_new_node_in_any_order(
+    taxonomy: Taxonomy, order: tuple[str, str]
+) -> None:
+    rules = {"x.1": NEW, "x.1.1": {**NEW, "parent": "x.1", "name": "Rotor blades"}}
+    seen = view(taxonomy, {k: rules[k] for k in order})
+    assert seen.taxonomy.path("x.1.1").ids == ("D6", "x.1", "x.1.1")
+    assert [seen.taxonomy[n].kind for n in ("x.1", "x.1.1")] == ["category", "concept"]
+
+
+def test_a_new_concept_of_a_text_only_category_is_text_only(taxonomy: Taxonomy) -> None:
+    seen = view(taxonomy, {"x.1": {**NEW, "parent": "4.5"}, "x.2": {**NEW, "parent": "4.1"}})
+    assert seen.taxonomy["x.1"].text_only
+    assert not seen.taxonomy["x.2"].text_only
+
+
+def test_a_known_node_is_described_anew_and_keeps_the_rest(taxonomy: Taxonomy) -> None:
+    old = taxonomy["6.1"]
+    seen = view(taxonomy, {"6.1": {"definition": "Firearms only.", "threshold": 0.2}})
+    new = seen.taxonomy["6.1"]
+    assert new.definition == "Firearms only."
+    assert (new.name, new.synonyms, new.parent) == (old.name, old.synonyms, old.parent)
+    assert (new.crosswalk, new.sibling) == (old.crosswalk, old.sibling)
+    assert seen.taxonomy.hash != taxonomy.hash
+    assert taxonomy["6.1"] == old
+    assert [n.id for n in seen.taxonomy] == [n.id for n in taxonomy]
+    named = view(taxonomy, {"6.1": {"name": "Guns", "synonyms": ["gun sales"], "parent": "D6"}})
+    assert named.taxonomy["6.1"].name == "Guns"
+    assert named.taxonomy["6.1"].synonyms == ("gun sales",)
+
+
+def test_statuses_alone_leave_the_taxonomy_and_its_hash_alone(taxonomy: Taxonomy) -> None:
+    assert view(taxonomy, {"D1": {"status": "non_violating"}}).taxonomy.hash == taxonomy.hash
+
+
+# ---------------------------------------------------------------- keys as YAML reads them
+
+
+def test_an_unquoted_id_is_read_as_it_is_written(taxonomy: Taxonomy, tmp_path: Path) -> None:
+    # to plain YAML 6.1 is a number and 6.10 the same number
+    plain = read(tmp_path, "nodes: {6.1: {status: sensitive}}")
+    quoted = read(tmp_path, 'nodes: {"6.1": {status: sensitive}}')
+    assert plain.hash == quoted.hash
+    assert plain.apply(taxonomy).status("6.1") == "sensitive"
+    ten = read(tmp_path, "nodes: {6.10: {parent: D6, name: n, definition: d}, 6.1: {threshold: 1}}")
+    assert set(ten.rules) == {"6.10", "6.1"}
+    assert ten.apply(taxonomy).taxonomy["6.10"].kind == "category"
+    with pytest.raises(TaxonomyError, match=r"shop\.yaml: node 6\.10: not in the taxonomy"):
+        read(tmp_path, "nodes: {6.10: {status: sensitive}}").apply(taxonomy)
+
+
+@pytest.mark.parametrize("key", ["on", "null", "1e3", "2024-01-01", "0x10", "12:30"])
+def test_other_words_yaml_would_change_stay_ids(tmp_path: Path, key: str) -> None:
+    policy = read(tmp_path, f"nodes: {{{key}: {{parent: D6, name: n, definition: d}}}}")
+    assert set(policy.rules) == {key}
+
+
+def test_a_node_given_twice_is_an_error_and_not_the_last_one(tmp_path: Path) -> None:
+    text = 'nodes:\n  6.1: {status: sensitive}\n  "6.1": {status: non_violating}\n'
+    with pytest.raises(TaxonomyError, match=r"shop\.yaml: .*'6\.1' is given twice.*line 3"):
+        read(tmp_path, text)
+
+
+def test_yaml_anchors_and_merges_work(taxonomy: Taxonomy, tmp_path: Path) -> None:
+    text = (
+        "nodes:\n  D1: &strict {status: sensitive, threshold: 0.2}\n"
+        "  D2: {<<: *strict, threshold: 0.3}\n  D3: *strict\n"
+    )
+    seen = read(tmp_path, text).apply(taxonomy)
+    assert [seen.threshold(n) for n in ("D1", "D2", "D3")] == [0.2, 0.3, 0.2]
+    assert seen.status("D2") == "sensitive"
+
+
+# ---------------------------------------------------------------- errors
+
+# name -> (rules, node named, problem, remedy); refused when read
+BAD_RULES: dict[str, tuple[Any, str, str, str]] = {
+    "a rule that is a word": ({"D1": "off"}, "D1", "expected a mapping, got 'off'", "{status:"),
+    "an empty rule": ({"D1": None}, "D1", "expected a mapping, got None", "{status:"),
+    "unknown key": ({"D1": {"state": "off"}}, "D1", "unknown key state", "Known:"),
+    "unknown status": ({"D1": {"status": "off"}}, "D1", "status is 'off'", "non_violating"),
+    "a truth value as status": ({"D1": {"status": False}}, "D1", "status is False", "sensitive"),
+    "threshold 0": ({"D1": {"threshold": 0}}, "D1", "threshold is 0", "above 0"),
+    "threshold above 1": ({"D1": {"threshold": 40}}, "D1", "threshold is 40", "at most 1"),
+    "threshold as text": ({"D1": {"threshold": "0.4"}}, "D1", "threshold is '0.4'", "number"),
+    "threshold true": ({"D1": {"threshold": True}}, "D1", "threshold is True", "number"),
+    "threshold nan": ({"D1": {"threshold": float("nan")}}, "D1", "threshold is nan", "number"),
+    "synonyms as text": ({"x": {**NEW, "synonyms": "a b"}}, "x", "`synonyms`", "[phrase"),
+    "an empty synonym": ({"x": {**NEW, "synonyms": [" "]}}, "x", "`synonyms`", "[phrase"),
+    "parent as a number": ({"x": {**NEW, "parent": 6.1}}, "x", "`parent` is 6.1", "quotes"),
+    "blank name": ({"x": {**NEW, "name": " "}}, "x", "`name` is ' '", "as text"),
+    "a number as id (from Python)": ({6.1: {"status": "default"}}, "6.1", "no text", "quotes"),
+    "an empty id": ({"": {"status": "default"}}, "''", "the id is no text", "quotes"),
+}
+# name -> the same; refused when applied
+BAD_NODES: dict[str, tuple[Any, str, str, str]] = {
+    "unknown id": ({"6.99": {"status": "sensitive"}}, "6.99", "not in the taxonomy", "Correct"),
+    "new without definition": (
+        {"x": {"parent": "D6", "name": "n"}}, "x", "not in the taxonomy", "definition"),
+    "new without parent": (
+        {"x": {"name": "n", "definition": "d"}}, "x", "not in the taxonomy", "parent"),
+    "unknown parent": ({"x": {**NEW, "parent": "D99"}}, "x", "unknown parent 'D99'", "a domain"),
+    "new nodes in a circle": (
+        {"x": {**NEW, "parent": "y"}, "y": {**NEW, "parent": "x"}},
+        "x", "unknown parent 'y'", "a domain"),
+    "below a concept": (
+        {"x": {**NEW, "parent": "6.1.1"}}, "x", "its parent 6.1.1 is a concept", "(D6)"),
+    "below a benign sibling": (
+        {"x": {**NEW, "parent": "S.6.1"}}, "x", "its parent S.6.1 is a benign", "(6.1)"),
+    "moving a node": ({"6.1": {"parent": "D1"}}, "6.1", "cannot move a node", "add a new one"),
+    "a sensitive harmless node": (
+        {"S.6.1": {"status": "sensitive"}}, "S.6.1", "harmless node", "risk node beside"),
+    "a threshold on a harmless node": (
+        {"S": {"threshold": 0.2}}, "S", "harmless node has no threshold", "risk node beside"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", sorted(BAD_RULES))
+def test_a_rule_that_makes_no_sense_is_named_with_file_and_remedy(case: str) -> None:
+    rules, node, problem, remedy = BAD_RULES[case]
+    with pytest.raises(TaxonomyError) as caught:
+        Policy.from_dict({"nodes": rules}, origin="shop.yaml")
+    _complains(str(caught.value), node, problem, remedy)
+
+
+@pytest.mark.parametrize("case", sorted(BAD_NODES))
+def test_a_rule_that_does_not_fit_the_taxonomy_is_named_with_file_and_remedy(
+    case: str, taxonomy: Taxonomy
+) -> None:
+    rules, node, problem, remedy = BAD_NODES[case]
+    policy = Policy.from_dict({"nodes": rules}, origin="shop.yaml")
+    with pytest.raises(TaxonomyError) as caught:
+        policy.apply(taxonomy)
+    _complains(str(caught.value), node, problem, remedy)
+
+
+def _complains(message: str, node: str, problem: str, remedy: str) -> None:
+    assert message.startswith(f"shop.yaml: node {node}: ")
+    assert problem in message
+    assert remedy in message.split(problem, 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"nodes: [", "not valid YAML"),
+        (b"nodes: {D1: \xff}", "not UTF-8"),
+        (b"", "expected a mapping"),
+        (b"- D1", "expected a mapping"),
+        (b"D1: {status: sensitive}", "unknown key 'D1'.*below `nodes`"),
+        (b"nodes: [D1]", "`nodes` is list"),
+        (b"nodes: !!python/name:os.system ", "not valid YAML"),
+        (b"[" * 1500, "nested too deeply"),
+    ],
+)
+def test_a_file_that_is_no_policy_is_named(content: bytes, problem: str, tmp_path: Path) -> None:
+    path = tmp_path / "shop.yaml"
+    path.write_bytes(content)
+    with pytest.raises(TaxonomyError, match=rf"shop\.yaml: .*{problem}"):
+        Policy.load(path)
+
+
+def test_a_missing_policy_file_is_named_and_never_the_empty_policy(tmp_path: Path) -> None:
+    with pytest.raises(TaxonomyError, match=r"absent\.yaml: cannot be read .* Check the path"):
+        Policy.load(tmp_path / "absent.yaml")
+
+
+def test_the_file_name_is_the_policy_name_where_none_is_given(tmp_path: Path) -> None:
+    assert read(tmp_path, "nodes: {}").name == "shop"
+    assert read(tmp_path, "name:\nnodes: {}").name == "shop"
+    assert read(tmp_path, "name: strict").name == "strict"
+
+
+# ---------------------------------------------------------------- hash
+
+
+def test_hash_depends_on_every_part_of_a_rule_and_not_on_name_or_order(taxonomy: Taxonomy) -> None:
+    base = {**NEW, "status": "default", "threshold": 0.5, "synonyms": ["a b"]}
+    changes: dict[str, Any] = {
+        "status": "sensitive", "threshold": 0.4, "parent": "D7", "name": "m",
+        "definition": "e", "synonyms": ["c d"],
+    }  # fmt: skip
+    assert set(changes) == set(base)
+    hashes = {Policy.from_dict({"nodes": {"x": base}}).hash}
+    hashes |= {Policy.from_dict({"nodes": {"x": {**base, k: v}}}).hash for k, v in changes.items()}
+    hashes |= {Policy.from_dict({"nodes": {"y": base}}).hash, Policy().hash}
+    assert len(hashes) == len(changes) + 3
+    two = {"D1": {"status": "sensitive"}, "D2": {"threshold": 0.2}}
+    swapped = dict(reversed(two.items()))
+    a = Policy.from_dict({"name": "a", "nodes": two})
+    assert a.hash == Policy.from_dict({"name": "b", "nodes": swapped}).hash
+
+
+def test_hash_is_the_same_in_another_process_with_another_hash_seed(tmp_path: Path) -> None:
+    policy = read(tmp_path, EXAMPLE)
+    code = "import sys; from hysafe.taxonomy import *; print(Policy.load(sys.argv[1]).hash)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "shop.yaml")], cwd=ROOT, check=True,
+        env={**os.environ, "PYTHONHASHSEED": "99"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == policy.hash
