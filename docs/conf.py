@@ -7,6 +7,7 @@ here instead of a script from elsewhere.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ html_copy_source = False
 html_show_sourcelink = False
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_inherit_docstrings = False  # those of Lightning speak of pages that are not here
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 maximum_signature_line_length = 88
@@ -46,17 +48,25 @@ napoleon_use_ivar = True
 
 
 def setup(app: Any) -> dict[str, bool]:
-    """Register the renderer of formulas."""
+    """Register the renderer of formulas and the reader of docstrings."""
     app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
+    app.connect("autodoc-process-docstring", _norms)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
 def _inline(writer: Any, node: nodes.Element) -> None:
-    writer.body.append(tex2mathml(node.astext()).toxml())
+    writer.body.append(tex2mathml(node.astext()))
     raise nodes.SkipNode
 
 
 def _block(writer: Any, node: nodes.Element) -> None:
-    formula = tex2mathml(node.astext(), as_block=True).toxml()
+    formula = tex2mathml(node.astext(), as_block=True)
     writer.body.append(f'<div class="math">{formula}</div>\n')
     raise nodes.SkipNode
+
+
+def _norms(app: Any, what: str, name: str, of: Any, options: Any, lines: list[str]) -> None:
+    """Let |x| in a docstring be a norm and not a substitution of reStructuredText."""
+    parts = re.split(r"(`[^`]*`|\.\. math::.*)", "\n".join(lines))
+    parts[::2] = [part.replace("|", r"\|") for part in parts[::2]]
+    lines[:] = "".join(parts).split("\n")

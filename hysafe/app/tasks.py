@@ -143,6 +143,8 @@ class TaxonomyTask(EncoderTask):
         text_dropout: on text features, before the head.
         text_every: texts take part in every n-th step, with n times the weight.
         phrases: at most this many phrases a node (quick runs); all when None.
+        init_from: folder of an earlier stage's export to start from.
+        freeze_image: keep the image tower as it is (a later stage: adapter and heads only).
         train_sizes: [[share of training from which on, side], ...]: smaller pictures first.
         refresh_every: steps between re-encodings of all phrases (nodes, classes, hypernyms); in
             between the head moves and the tower's phrase features stand still.
@@ -162,6 +164,8 @@ class TaxonomyTask(EncoderTask):
         text_dropout: float = 0.1,
         text_every: int = 1,
         phrases: int | None = None,
+        init_from: str | None = None,
+        freeze_image: bool = False,
         train_sizes: list[list[float]] = [[0.0, 64]],  # noqa: B006 - read only
         refresh_every: int = 400,
         monitor_every: int = 200,
@@ -186,6 +190,17 @@ class TaxonomyTask(EncoderTask):
         self.weights, self.image_weight = weights, image_weight
         self.image_leaf_weight, self.class_entail = image_leaf_weight, class_entail
         self.concept_weight, self.label_smoothing = concept_weight, label_smoothing
+        if init_from is not None:
+            self.encoder = HyperbolicEncoder.load_directory(init_from)
+            if (self.encoder.dim, self.encoder.space) != (dim, space):
+                raise ConfigError(
+                    f"{init_from} has dim {self.encoder.dim} in {self.encoder.space} space; the "
+                    f"config wants {dim}, {space}."
+                )
+            self.encoder.towers.lock_text()
+        self.freeze_image = freeze_image
+        if freeze_image:
+            self.encoder.towers.model.visual.requires_grad_(False)
         self.text_dropout, self.text_every, self.phrases = text_dropout, text_every, phrases
         self.classifier_weight = classifier_weight
         self.train_sizes, self.augment = train_sizes, augment
@@ -259,7 +274,10 @@ class TaxonomyTask(EncoderTask):
         pictures, texts = batch["image"], batch["text"]
         encoder, c = self.encoder, self.encoder.curvature()
         pixels = self._augment(pictures["pixels"])
-        features = encoder.towers.encode_image(pixels).float()
+        if self.freeze_image:
+            encoder.towers.model.visual.eval()
+        with torch.set_grad_enabled(not self.freeze_image):
+            features = encoder.towers.encode_image(pixels).float()
         image = encoder.lift("image", features).space
         spoken = self.global_step % self.text_every == 0
         if spoken:

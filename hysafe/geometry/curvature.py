@@ -51,10 +51,9 @@ class BoundedScalar(nn.Module):
         Raises:
             ConfigError: it does not.
         """
-        if not self.low < math.log(value) < self.high:
-            low, high = math.exp(self.low), math.exp(self.high)
-            raise ConfigError(f"{value} is not between {low:.4g} and {high:.4g}.")
-        share = (math.log(value) - self.low) / (self.high - self.low)
+        if not self.low < value < self.high:
+            raise ConfigError(f"{value} is not between {self.low:.4g} and {self.high:.4g}.")
+        share = (math.log(value) - self.log_low) / (self.log_high - self.log_low)
         self.raw.fill_(math.log(share / (1 - share)))
 
     @property
