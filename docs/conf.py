@@ -20,7 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # the docstrings of this checkout, whatever is installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hysafe import __version__  # noqa: E402
+from hysafe import __version__
 
 project = "hysafe"
 author = "the hysafe authors"

@@ -7,7 +7,6 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,9 +35,9 @@ def tiny_model(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory):  # 
 
 
 @pytest.fixture
-def data_dir() -> Iterator[Path]:
+def data_dir() -> Path:
     """Development data; the test is skipped where it is absent."""
     value = os.environ.get("HYSAFE_DATA", "")
     if not value or not Path(value).is_dir():
         pytest.skip("HYSAFE_DATA is not set")
-    yield Path(value)
+    return Path(value)

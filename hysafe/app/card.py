@@ -164,7 +164,9 @@ def text_figures(model: SafetyModel) -> dict[str, float]:
     inside = margins[texts.unsafe] > 0
     position = [table.index[c] for c in texts.categories()]
     figures = _text_figures(texts, scores.evidence, best, model.taxonomy.parents)
-    figures["text in its category's cone"] = float(inside[range(len(position)), position].float().mean())
+    figures["text in its category's cone"] = float(
+        inside[range(len(position)), position].float().mean()
+    )
     if model.calibration.fitted:
         figures["text ECE"] = expected_calibration_error(scores.p_unsafe, texts.unsafe)
         hard = torch.tensor([s.extra["side"] == "background_hard" for s in texts.samples])
@@ -205,7 +207,7 @@ def picture_figures(model: SafetyModel, data: EmbedData) -> dict[str, float]:
     if pictures is None:
         return {}
     points, _ = _encode_pictures(model, pictures)
-    prototypes = class_points(model, data.world)[range(data.photo_classes)]
+    prototypes = class_points(model, data.world)[: data.photo_classes]
     order = points.dist(prototypes).argsort(-1)
     truth = pictures.classes
     leaf = data.world.leaf_ids()
@@ -242,7 +244,9 @@ def class_points(model: SafetyModel, world: WorldTree) -> Points:
     return Points(points.space.clone(), float(points.c), points.geometry)
 
 
-def _encode_pictures(model: SafetyModel, pictures: Pictures, batch: int = 256) -> tuple[Points, int]:
+def _encode_pictures(
+    model: SafetyModel, pictures: Pictures, batch: int = 256
+) -> tuple[Points, int]:
     parts = []
     with torch.inference_mode():
         for start in range(0, len(pictures), batch):

@@ -87,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     scan.add_argument("--out", required=True, type=Path, metavar="DIR", help="output folder")
     _add_scan_options(scan)
     scan.add_argument("--text-column", metavar="NAME", help="of tables; found by name if not given")
-    scan.add_argument("--image-column", metavar="NAME", help="of tables; found by name if not given")
+    scan.add_argument(
+        "--image-column", metavar="NAME", help="of tables; found by name if not given"
+    )
     scan.add_argument("--title", default="", help="of the report")
     scan.set_defaults(run=_scan)
 
@@ -112,7 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", metavar="DIR", help="development data (default: HYSAFE_DATA)")
     evaluate.add_argument("--fit", action="store_true",
                           help="fit the calibration of a model folder first, and store it there")  # fmt: skip
-    evaluate.add_argument("--out", type=Path, metavar="DIR", help="write card.json and card.md here")
+    evaluate.add_argument(
+        "--out", type=Path, metavar="DIR", help="write card.json and card.md here"
+    )
     evaluate.add_argument("--verbose", action="store_true")
     evaluate.set_defaults(run=_evaluate)
     return parser
@@ -177,8 +181,14 @@ def _run_scan(
         policy.apply(taxonomy)
     ocr = _ocr(arguments.ocr)
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
-    from rich.progress import TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
 
     console = Console(stderr=True)
     with Progress(

@@ -265,8 +265,9 @@ class SafetyModel:
         channels: dict[str, _Channel] = {}
         rows = [i for i, (item, pixels) in enumerate(batch.pairs) if pixels is not None]
         if rows:
-            stack = torch.from_numpy(np.stack([batch.pairs[i][1] for i in rows]))
-            channels["image"] = self._channel("image", rows, self._encode_pixels(stack), table, apexes)
+            stack = torch.from_numpy(np.stack([p for _, p in batch.pairs if p is not None]))
+            points = self._encode_pixels(stack)
+            channels["image"] = self._channel("image", rows, points, table, apexes)
         texts = {i: str(item.text) for i, item in enumerate(items) if item.text and not item.error}
         written = {i: t for i, (t, _) in enumerate(read) if t}
         for name, found in (("text", texts), ("ocr", written)):
@@ -341,12 +342,11 @@ class SafetyModel:
                 spoken[name] = channel.rows.index(row)
         content = item.content_hash
         stamp = Hashes(content, *hashes)
-        if item.error is not None or not spoken:
-            error = item.error or ErrorRecord("InputError", "nothing to judge: no picture, no text.")
-            if not spoken:
-                result = Result(item.id, item.source, item.modality, "review", None, (),
-                                NoveltyScores(None, None), None, {}, error, stamp)  # fmt: skip
-                return Judgement(item, result)
+        if not spoken:
+            error = item.error or ErrorRecord("InputError", "nothing to judge: no picture, no text")
+            result = Result(item.id, item.source, item.modality, "review", None, (),
+                            NoveltyScores(None, None), None, {}, error, stamp)  # fmt: skip
+            return Judgement(item, result)
         record: dict[str, Any] = {}
         ratings: dict[str, tuple[Rating, str]] = {}
         for name, k in spoken.items():
@@ -357,7 +357,9 @@ class SafetyModel:
             if rating == "safe" and channel.truncated.get(row):
                 rating, reason = "review", "too long to read whole"
             if name == "image" and rating != "unsafe":
-                rating, reason = self._text_picture(rating, reason, channel, k, table, batch, written)
+                rating, reason = self._text_picture(
+                    rating, reason, channel, k, table, batch, written
+                )
             ratings[name] = (rating, reason)
             top = _top_category(channel.nodes[k], table)
             record[name] = {"p_unsafe": _rounded(float(channel.p_unsafe[k])), "top": top,

@@ -84,7 +84,9 @@ def scan(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--out {out}: cannot be made ({error.strerror}). Name another folder.") from error
+        raise InputError(
+            f"--out {out}: cannot be made ({error.strerror}). Name another folder."
+        ) from error
     view = model.view(policy)
     table, apexes = model.place(view)
     writer = CollectionWriter(out, _meta(model, view, table, apexes))

@@ -73,9 +73,7 @@ class EncoderTask(L.LightningModule):
             architecture = mini_architecture(
                 str(image_tower), image_size=image_size, lora_rank=lora_rank
             )
-        self.encoder = HyperbolicEncoder(
-            architecture, dim=dim, space=space, curvature=curvature
-        )
+        self.encoder = HyperbolicEncoder(architecture, dim=dim, space=space, curvature=curvature)
         self.space = get_space(space)
         self.lr, self.head_lr, self.lora_lr = lr, head_lr, lora_lr
         self.weight_decay, self.warmup = weight_decay, warmup
@@ -152,6 +150,10 @@ class TaxonomyTask(EncoderTask):
         augment: crops and flips.
     """
 
+    _node_features: Tensor
+    _class_features: Tensor
+    _hypernym_features: Tensor
+
     def __init__(
         self,
         weights: TaxonomyWeights = TaxonomyWeights(),  # noqa: B008 - frozen
@@ -218,9 +220,12 @@ class TaxonomyTask(EncoderTask):
         world = data.world
         if not hasattr(self, "classifier"):
             self.classifier = torch.nn.Linear(self.encoder.towers.embed_dim, len(world.names))
-        self._class_phrases = [class_phrases(n, c) for n, c in zip(world.names, world.chains, strict=True)]
+        named = zip(world.names, world.chains, strict=True)
+        self._class_phrases = [class_phrases(n, c) for n, c in named]
         hypernyms: dict[str, int] = {}
-        texts, depths, edges = [], [], []
+        texts: list[tuple[str, ...]] = []
+        depths: list[int] = []
+        edges: list[tuple[int, int]] = []
         for i, chain in enumerate(world.chains):
             for level, node in enumerate(world.node_ids(i)[:-1]):
                 if node not in hypernyms:
@@ -343,7 +348,9 @@ class TaxonomyTask(EncoderTask):
         entail = term * 0
         for items, of in ((image, classes), (prototypes, torch.arange(len(prototypes)))):
             margins = self.space.pairwise_margin(hypernyms, items, c)
-            entail = entail + F.relu(-margins[self._ancestors[of.to(self._ancestors.device)]]).mean()
+            entail = (
+                entail + F.relu(-margins[self._ancestors[of.to(self._ancestors.device)]]).mean()
+            )
         return {"class": term, "class_entail": entail}
 
     def _item_terms(
@@ -484,7 +491,9 @@ class PresetTask(EncoderTask):
         self.log_terms(terms)
         if self.global_step % 50 == 0:
             radii = {
-                f"radius/{k}": float(self.space.dist0(v.detach(), self.encoder.curvature().detach()).mean())
+                f"radius/{k}": float(
+                    self.space.dist0(v.detach(), self.encoder.curvature().detach()).mean()
+                )
                 for k, v in points.items()
             }
             self.log_dict({**self.monitor_scalars(), **radii})
@@ -523,4 +532,3 @@ def class_phrases(name: str, chain: tuple[str, ...]) -> tuple[str, ...]:
     """Phrases whose mean feature stands for a class of pictures."""
     general = chain[-1] if chain else "thing"
     return (name, f"a photo of a {name}", f"{name}, a kind of {general}")
-

@@ -190,7 +190,7 @@ class EmbedData(L.LightningDataModule):
         self.held_out_texts: list[Sample] = []
         for name in self.text_sets:
             path = data_root(self.data_dir) / "text" / f"{name}.jsonl"
-            kept = []
+            kept: list[Sample] = []
             for s in iter_samples(str(path), "hysafe_text"):
                 held = _share(f"{name}/{s.text}") < HELD_OUT_SHARE
                 (self.held_out_texts if held else kept).append(s)
@@ -213,7 +213,9 @@ class EmbedData(L.LightningDataModule):
         classes: list[int] = []
         nodes: list[tuple[str, ...]] = []
         held: list[bool] = []
-        val_pixels, val_classes, val_nodes = [], [], []
+        val_pixels: list[np.ndarray] = []
+        val_classes: list[int] = []
+        val_nodes: list[tuple[str, ...]] = []
         if self.pictures:
             root = data_root(self.data_dir) / "images"
             names: dict[int, tuple[str, tuple[str, ...]]] = {}

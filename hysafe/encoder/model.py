@@ -62,7 +62,7 @@ class HyperbolicEncoder(
         load_pretrained: bool = True,
     ) -> None:
         super().__init__()
-        self.config = {
+        self.config: dict[str, Any] = {
             "architecture": dict(architecture),
             "dim": dim,
             "space": space,
@@ -205,7 +205,9 @@ class HyperbolicEncoder(
         path = Path(path)
         for name in (CONFIG, WEIGHTS):
             if not (path / name).is_file():
-                raise ModelError(f"{path}: no {name}. A hysafe model folder holds {CONFIG}, {WEIGHTS}.")
+                raise ModelError(
+                    f"{path}: no {name}. A hysafe model folder holds {CONFIG}, {WEIGHTS}."
+                )
         try:
             config = json.loads((path / CONFIG).read_text("utf-8"))
             model = cls(**config, load_pretrained=False)

@@ -108,6 +108,9 @@ class Towers(nn.Module):
             comes from its wheel).
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, architecture: dict[str, Any], *, load_pretrained: bool = True) -> None:
         super().__init__()
         import open_clip
@@ -132,10 +135,8 @@ class Towers(nn.Module):
             pretrained = architecture.get("pretrained") if load_pretrained else None
             self.model = _create(open_clip, name, pretrained)
             tokenizer = open_clip.get_tokenizer(name)
-            self.context_length = int(
-                getattr(self.model, "context_length", None)
-                or getattr(tokenizer, "context_length", 77)
-            )
+            length: Any = getattr(self.model, "context_length", None)
+            self.context_length = int(length or getattr(tokenizer, "context_length", 77))
         else:
             raise ConfigError(f"towers: unknown kind {kind!r}; open_clip or open_clip_config.")
         self.model.visual.to(memory_format=torch.channels_last)
@@ -145,7 +146,9 @@ class Towers(nn.Module):
             self._add_lora(int(architecture["lora_rank"]))
         size = self.model.visual.image_size
         self.image_size = int(size[0] if isinstance(size, tuple | list) else size)
-        default_mean = getattr(self.model.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
+        default_mean = (
+            getattr(self.model.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
+        )
         default_std = getattr(self.model.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
         mean = architecture.get("mean", default_mean)
         std = architecture.get("std", default_std)
