@@ -61,7 +61,7 @@ def _inline(writer: Any, node: nodes.Element) -> None:
 
 def _block(writer: Any, node: nodes.Element) -> None:
     formula = tex2mathml(node.astext(), as_block=True)
-    writer.body.append(f'<div class="math">{formula}</div>\n')
+    writer.body.append(f'<p class="formula">{formula}</p>\n')
     raise nodes.SkipNode
 
 

@@ -67,6 +67,10 @@ class Calibration:
     channels: Mapping[str, ModalityCalibration] = field(default_factory=dict)
     fitted_on: str = ""
 
+    def __post_init__(self) -> None:
+        # one order, so that a calibration just fitted and the same one read from disk have one repr
+        object.__setattr__(self, "channels", dict(sorted(self.channels.items())))
+
     @property
     def fitted(self) -> bool:
         return bool(self.channels)
@@ -179,7 +183,8 @@ def quantile_grid(scores: Tensor, size: int = GRID) -> tuple[float, ...]:
         values = values[[-(-(k + 1) * n // size) - 1 for k in range(size)]]
     factor = 10.0**GRID_DIGITS
     up = np.ceil(values * factor)
-    up += up / factor < values  # the product may have rounded down
+    up += up / factor < values  # the product may have been rounded, either way
+    up -= (up - 1) / factor >= values
     return tuple((up / factor).tolist())
 
 

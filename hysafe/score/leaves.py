@@ -119,7 +119,9 @@ def score_margins(
     evidence = _mass(at_risk[:, risk]) - _mass(
         torch.cat((logits[:, ~risk], let_off[:, table.mixed]), -1)
     )
-    p_unsafe = torch.sigmoid(slope * evidence + offset) if bool(risk.any()) else evidence * 0
+    p_unsafe = (
+        torch.sigmoid(slope * evidence + offset) if bool(risk.any()) else torch.zeros_like(evidence)
+    )
     within = torch.zeros_like(logits)
     if bool(risk.any()):
         gain = at_risk[:, risk] - logits[:, risk]  # log of the active share
@@ -139,7 +141,7 @@ def score_margins(
 
 def _mass(logits: Tensor) -> Tensor:
     """logsumexp [B] of [B, M]; NOTHING where there is none."""
-    return torch.cat((logits, torch.full_like(logits[:, :1], NOTHING)), -1).logsumexp(-1)
+    return torch.cat((logits, logits.new_full((len(logits), 1), NOTHING)), -1).logsumexp(-1)
 
 
 def _concept_shares(margins: Tensor, table: NodeTable, scale: float) -> Tensor:

@@ -131,7 +131,9 @@ def test_a_grid_is_conservative_and_close(seed: int, n: int, size: int) -> None:
     assert max(grid) == float(values.max())
     scores = torch.cat((values, torch.randn(20, generator=generator(seed + 1)).double()))
     got = conformal_p_values(scores, grid, n)
-    exact = torch.tensor([exact_p(s, values.tolist()) for s in scores.tolist()])
+    exact = torch.tensor(
+        [exact_p(s, values.tolist()) for s in scores.tolist()], dtype=torch.double
+    )
     assert (got >= exact - 1e-12).all()
     assert (got - exact <= 1 / len(grid) + 1 / (n + 1)).all()
     full = conformal_p_values(scores, quantile_grid(values, n), n)

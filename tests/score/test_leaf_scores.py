@@ -116,8 +116,9 @@ def by_hand(nodes: NodeTable, row: list[float], fit: tuple[float, float, float])
             continue
         below = taxonomy.children(leaf.id)
         weights = {n.id: math.exp(value[n.id] * SCALE / temperature) for n in below}
-        on = sum(w for n, w in weights.items() if view.active(n)) / sum(weights.values())
-        if not below:
+        if below:
+            on = sum(w for n, w in weights.items() if view.active(n)) / sum(weights.values())
+        else:
             on = float(view.active(leaf.id))
         at_risk[leaf.id] = mass * on
         harmless += mass * (1 - on)
@@ -191,7 +192,7 @@ def test_the_nearest_cone_wins() -> None:
 
 def test_a_node_switched_off_scores_zero_and_the_rest_share_the_risk() -> None:
     off = table({"6.1": {"status": "non_violating"}})
-    drawn = margins(DEFAULT, 3)
+    drawn = margins(DEFAULT, 3, spread=0.2)
     before = score_margins(drawn, DEFAULT, scale=SCALE, slope=0.8)
     after = score_margins(drawn, off, scale=SCALE, slope=0.8)
     assert (column(after, off, "6.1") == 0).all()
