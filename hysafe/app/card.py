@@ -108,7 +108,7 @@ def fit_calibration(model: SafetyModel, data: EmbedData) -> Calibration:
     the conformal scores. Pictures: the held-out share of the training pictures.
     """
     table, apexes = model.place(model.view())
-    scale = float(model.encoder.cone_scale())
+    scale = model.encoder.cone_scale_value
     texts = _Texts(contrast_set("validation"))
     margins = model.encode_text(texts.texts).margin(apexes)
     scores = score_margins(margins, table, scale=scale)
@@ -156,7 +156,7 @@ def text_figures(model: SafetyModel) -> dict[str, float]:
     margins = points.margin(apexes)
     fit = model.calibration.channel("text")
     scores = score_margins(
-        margins, table, scale=float(model.encoder.cone_scale()), slope=fit.slope,
+        margins, table, scale=model.encoder.cone_scale_value, slope=fit.slope,
         offset=fit.offset, temperature=fit.temperature,
     )  # fmt: skip
     leaves = table.leaves[table.risk]
@@ -217,7 +217,7 @@ def picture_figures(model: SafetyModel, data: EmbedData) -> dict[str, float]:
     table, apexes = model.place(model.view())
     fit = model.calibration.channel("image")
     judged = score_margins(
-        points.margin(apexes), table, scale=float(model.encoder.cone_scale()), slope=fit.slope,
+        points.margin(apexes), table, scale=model.encoder.cone_scale_value, slope=fit.slope,
         offset=fit.offset,
     )  # fmt: skip
     unsafe = pictures.candidates[:, data.leaves.risky].any(-1)
@@ -252,7 +252,7 @@ def _encode_pictures(
         for start in range(0, len(pictures), batch):
             pixels = torch.from_numpy(pictures.pixels[start : start + batch])
             parts.append(model.encoder.encode_image(pixels.to(model.encoder.device)).space.cpu())
-    c = float(model.encoder.curvature())
+    c = model.encoder.c
     return Points(torch.cat(parts).clone(), c, model.encoder.space), len(parts)
 
 

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -317,6 +318,9 @@ def _quiet_libraries(verbose: bool) -> None:
     """Progress bars and reports of libraries do not belong into a user's terminal."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not verbose:
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")  # worker processes
+        os.environ.setdefault("LANCE_LOG", "error")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         logging.getLogger("root").setLevel(logging.ERROR)
 

@@ -135,7 +135,7 @@ class SafetyModel:
         """Points [len(images), D] of PIL pictures."""
         size = self.encoder.image_size
         if not images:
-            return Points(torch.empty(0, self.encoder.dim), float(self.encoder.curvature()),
+            return Points(torch.empty(0, self.encoder.dim), self.encoder.c,
                           self.encoder.space)  # fmt: skip
         stack = np.stack([to_pixels(image, size) for image in images])
         return self._encode_pixels(torch.from_numpy(stack))
@@ -285,7 +285,7 @@ class SafetyModel:
         margins = points.margin(apexes)
         fit = self.calibration.channel(name)
         scores = score_margins(
-            margins, table, scale=float(self.encoder.cone_scale()), slope=fit.slope,
+            margins, table, scale=self.encoder.cone_scale_value, slope=fit.slope,
             offset=fit.offset, temperature=fit.temperature,
         )  # fmt: skip
         risk, over = weighted_risk(scores, table)
@@ -405,7 +405,7 @@ class SafetyModel:
         if TEXT_PICTURE_NODE not in table.leaf_ids:
             return rating, reason
         position = table.leaf_ids.index(TEXT_PICTURE_NODE)
-        logits = channel.margins[k, table.leaves] * float(self.encoder.cone_scale())
+        logits = channel.margins[k, table.leaves] * self.encoder.cone_scale_value
         if float(torch.softmax(logits, -1)[position]) < TEXT_PICTURE_SHARE:
             return rating, reason
         if written:

@@ -144,6 +144,16 @@ class HyperbolicEncoder(
         return next(self.parameters()).device
 
     @property
+    def c(self) -> float:
+        """The curvature magnitude as a number."""
+        return float(self.curvature().detach())
+
+    @property
+    def cone_scale_value(self) -> float:
+        """Inverse temperature of cone margins as a number."""
+        return float(self.cone_scale().detach())
+
+    @property
     def image_size(self) -> int:
         return self.towers.image_size
 
