@@ -54,6 +54,9 @@ _SIDEWAYS = 1.5
 # below it a line is tried the other way up, which must be surer by the gain.
 _UPRIGHT_ABOVE = 0.95
 _UPRIGHT_GAIN = 0.05
+# The engine drops the spaces of outlined text and of text on grey: 94.1 % of the words of six fonts
+# are read apart without this weight on its space, 99.5 % with it; 1000 begins to split words.
+_SPACE_WEIGHT = 100
 # One lone character is what texture is misread as; it says nothing to a text tower either.
 _MIN_CHARACTERS = 2
 # The engine's time grows with the square of a line's length: 27 s at 400 times its height.
@@ -403,6 +406,8 @@ class _Engine:
                 "EngineConfig.onnxruntime.inter_op_num_threads": 1,
             }
             self._call: Any = rapidocr.RapidOCR(params=params)
+            reader = self._call._load_rec_model()
+            reader.postprocess_op = _SpaceKeeper(reader.postprocess_op)
         except Exception as error:  # whatever a broken installation raises: named, never hidden
             raise MissingExtraError(
                 f"rapidocr cannot be loaded ({type(error).__name__}: {error}). Install the tested "
@@ -424,6 +429,23 @@ class _Engine:
 
     def _run(self, pixels: Pixels, **steps: bool) -> Any:
         return self._call(np.ascontiguousarray(pixels[..., ::-1]), **steps)  # RGB to BGR
+
+
+class _SpaceKeeper:
+    """The engine's decoder, with a space preferred wherever one is at all likely."""
+
+    def __init__(self, decoder: Any) -> None:
+        self._decoder = decoder
+        self._space = decoder.dict[" "]
+
+    def __call__(self, chances: NDArray[np.float32], *args: Any, **settings: Any) -> Any:
+        chances = np.array(chances)  # [B, T, characters]
+        best = chances.max(-1)
+        wins = chances[..., self._space] * _SPACE_WEIGHT > best
+        # Just above what it beats: confidences are means of these numbers and stay in [0, 1].
+        above = np.minimum(np.nextafter(best, np.float32(2)), 1)
+        chances[..., self._space][wins] = above[wins]
+        return self._decoder(chances, *args, **settings)
 
 
 def _read(engine: _Engine, pixels: Pixels, max_side: int, min_confidence: float) -> OcrText:
