@@ -25,6 +25,25 @@ def png(color: tuple[int, int, int] = (200, 30, 30), side: int = 48) -> bytes:
     return buffer.getvalue()
 
 
+SMALL_TAXONOMY = """
+name: small
+version: 1.0.0
+domains:
+  - id: D1
+    name: Goods
+    definition: Goods that need care.
+    synonyms: [restricted goods]
+    categories:
+      - id: "1.1"
+        name: Fireworks
+        definition: Sale of fireworks.
+        severity: 1
+        synonyms: [fireworks for sale, selling loud rockets, cheap party rockets, big bang sale,
+                   rockets and crackers]
+        benign: {name: Light shows, definition: Shows of light.}
+"""
+
+
 class Reader:
     """Stands for the OCR engine: the contract of `read`, no engine."""
 
@@ -165,6 +184,7 @@ def test_novelty_sends_to_review(tiny_model: SafetyModel) -> None:
     # every energy lies above a calibration set of very low ones: all is novel
     fit = ModalityCalibration(1.0, -50.0, 1.0, (-1e6,) * 10, (-1e6,) * 10, 999)
     model = SafetyModel(tiny_model.encoder, calibration=Calibration({"text": fit}))
+    model._features = tiny_model._features  # the same encoder: spare the encoding
     (result,) = model.moderate(texts=["anything"])
     assert result.novelty.distribution == pytest.approx(0.001)
     assert result.rating == "review"
@@ -176,12 +196,14 @@ def test_encoded_taxonomy_is_cached_under_both_hashes(
 ) -> None:
     from hysafe.app.pipeline import load
 
-    first = load(str(tiny_folder), cache=tmp_path)
+    small, cache = tmp_path / "small.yaml", tmp_path / "cache"
+    small.write_text(SMALL_TAXONOMY)
+    first = load(str(tiny_folder), taxonomy=small, cache=cache)
     first.place(first.view())
-    (file,) = tmp_path.iterdir()
+    (file,) = cache.iterdir()
     assert first.hash in file.name
     assert first.taxonomy.hash in file.name
-    second = load(str(tiny_folder), cache=tmp_path)
+    second = load(str(tiny_folder), taxonomy=small, cache=cache)
 
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the taxonomy was encoded again")

@@ -120,7 +120,9 @@ def test_sources_that_cannot_be_read_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"x-\*\.jsonl: no such file"):
         load_rows(str(tmp_path / "x-*.jsonl"))
     for location in ("./absent", str(tmp_path / "absent"), "word", "a/b/c", "notes.txt"):
-        with pytest.raises(InputError, match=r"neither a folder, .* nor a hub id .* Check the path"):
+        with pytest.raises(
+            InputError, match=r"neither a folder, .* nor a hub id .* Check the path"
+        ):
             load_rows(location)
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "a"}\n{"text": \n', "utf-8")

@@ -214,6 +214,8 @@ def test_matrix_of_nulls_slices_and_chunks() -> None:
     expected = np.array([[1, 2], [math.nan] * 2, [3, 4], [5, 6]], dtype=np.float32)
     np.testing.assert_array_equal(matrix(one, 2), expected)
     np.testing.assert_array_equal(matrix(one.slice(1, 2), 2), expected[1:3])
-    np.testing.assert_array_equal(matrix(pa.chunked_array([one, one]), 2), np.tile(expected, (2, 1)))
+    np.testing.assert_array_equal(
+        matrix(pa.chunked_array([one, one]), 2), np.tile(expected, (2, 1))
+    )
     np.testing.assert_array_equal(matrix(pa.array([None, None], type=kind), 2), expected[[1, 1]])
     assert matrix(pa.chunked_array([], type=kind), 2).shape == (0, 2)

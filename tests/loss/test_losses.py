@@ -118,7 +118,10 @@ def test_prototype_cross_entropy_equals_torch(space: Space) -> None:
     items, classes = points(space, 7, 3), points(space, 4, 4)
     labels = torch.tensor([0, 1, 2, 3, 3, 0, 1])
     logits = torch.tensor(
-        [[-2.0 * hand_distance(space.name, x, y) for y in classes.tolist()] for x in items.tolist()],
+        [
+            [-2.0 * hand_distance(space.name, x, y) for y in classes.tolist()]
+            for x in items.tolist()
+        ],
         dtype=torch.float64,
     )
     for smoothing in (0.0, 0.1):
@@ -184,7 +187,9 @@ def test_cone_negatives_are_zero_outside_the_margin_and_push_from_deep_inside(
     assert (child.grad.norm(dim=-1) > 0).all()
     with torch.no_grad():
         step = child - 0.05 * child.grad / child.grad.norm(dim=-1, keepdim=True)
-        assert (space.exterior_angle(parent, step, C) > space.exterior_angle(parent, child, C)).all()
+        assert (
+            space.exterior_angle(parent, step, C) > space.exterior_angle(parent, child, C)
+        ).all()
 
 
 # ---------------------------------------------------------------- every loss, both spaces

@@ -79,13 +79,15 @@ def hysac(t: Terms) -> Tensor:
         t.c("text", "image") + t.c("unsafe_text", "unsafe_image")
         + t.c("text", "unsafe_image") + t.c("unsafe_text", "image")
     )  # fmt: skip
-    chain = (
-        t.e("text", "image") + t.e("unsafe_text", "unsafe_image") + t.e("image", "unsafe_text")
-    )
+    chain = t.e("text", "image") + t.e("unsafe_text", "unsafe_image") + t.e("image", "unsafe_text")
     return contrasts + 0.2 * chain
 
 
-FORMULAS: dict[str, Callable[[Terms], Tensor]] = {"meru": meru, "hycoclip": hycoclip, "hysac": hysac}
+FORMULAS: dict[str, Callable[[Terms], Tensor]] = {
+    "meru": meru,
+    "hycoclip": hycoclip,
+    "hysac": hysac,
+}
 
 
 def test_every_preset_has_its_formula_here() -> None:

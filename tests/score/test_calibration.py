@@ -132,9 +132,7 @@ def test_a_grid_is_conservative_and_close(seed: int, n: int, size: int) -> None:
     assert max(grid) == float(values.max())
     scores = torch.cat((values, torch.randn(20, generator=generator(seed + 1)).double()))
     got = conformal_p_values(scores, grid, n)
-    exact = torch.tensor(
-        [exact_p(s, values.tolist()) for s in scores.tolist()], dtype=torch.double
-    )
+    exact = torch.tensor([exact_p(s, values.tolist()) for s in scores.tolist()], dtype=torch.double)
     assert (got >= exact - 1e-12).all()
     assert (got - exact <= 1 / len(grid) + 1 / (n + 1)).all()
     full = conformal_p_values(scores, quantile_grid(values, n), n)
@@ -225,7 +223,9 @@ def test_calibration_survives_the_disk(tmp_path: Path) -> None:
 
 def test_a_grid_survives_the_disk_exactly(tmp_path: Path) -> None:
     grid = quantile_grid(torch.randn(3000, generator=generator(11)) * 50)
-    Calibration({"text": ModalityCalibration(distribution=grid, policy=grid, n=3000)}).save(tmp_path)
+    Calibration({"text": ModalityCalibration(distribution=grid, policy=grid, n=3000)}).save(
+        tmp_path
+    )
     assert Calibration.load(tmp_path).channel("text").distribution == grid
 
 

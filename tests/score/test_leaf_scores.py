@@ -101,7 +101,9 @@ def test_harmless_nodes_and_nodes_switched_off_with_all_below_score_zero(
 # ---------------------------------------------------------------- against loops
 
 
-def by_hand(nodes: NodeTable, row: list[float], fit: tuple[float, float, float]) -> dict[str, float]:
+def by_hand(
+    nodes: NodeTable, row: list[float], fit: tuple[float, float, float]
+) -> dict[str, float]:
     """p_unsafe (under "") and every node's score, written out for one item."""
     slope, offset, temperature = fit
     view, taxonomy = nodes.view, nodes.view.taxonomy
@@ -294,9 +296,7 @@ def test_policy_evidence_is_high_where_it_looks_risky_and_no_active_cone_holds_i
 
 
 def test_a_taxonomy_without_concepts_scores_too() -> None:
-    flat = Taxonomy(
-        [n for n in TAXONOMY if n.kind != "concept"], name="flat", version="1"
-    )
+    flat = Taxonomy([n for n in TAXONOMY if n.kind != "concept"], name="flat", version="1")
     nodes = NodeTable(Policy().apply(flat))
     scores = score_margins(margins(nodes, 2), nodes, scale=SCALE)
     total = sum(column(scores, nodes, d.id) for d in flat.domains)
