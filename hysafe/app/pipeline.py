@@ -268,12 +268,13 @@ class SafetyModel:
             stack = torch.from_numpy(np.stack([p for _, p in batch.pairs if p is not None]))
             points = self._encode_pixels(stack)
             channels["image"] = self._channel("image", rows, points, table, apexes)
-        texts = {i: str(item.text) for i, item in enumerate(items) if item.text and not item.error}
+        # the text of an item whose picture is broken still speaks
+        texts = {i: str(item.text) for i, item in enumerate(items) if item.text}
         written = {i: t for i, (t, _) in enumerate(read) if t}
         for name, found in (("text", texts), ("ocr", written)):
             if found:
                 channels[name] = self._text_channel(name, found, table, apexes)
-        hashes = (self.hash, view.taxonomy.hash, view.policy.hash)
+        hashes = (self.hash_with(batch.ocr), view.taxonomy.hash, view.policy.hash)
         return [
             self._join(i, item, channels, table, batch, read[i][0], hashes)
             for i, item in enumerate(items)
@@ -416,6 +417,13 @@ class SafetyModel:
 
     # ------------------------------------------------------------ identity
 
+    def hash_with(self, ocr: Any | None) -> str:
+        """Hash of the model as a result depends on it: reading text in pictures is part of it."""
+        if ocr is None:
+            return self.hash
+        version = getattr(ocr, "version", "unnamed reader")
+        return hashlib.sha256(f"{self.hash}/{version}".encode()).hexdigest()[:16]
+
     def _hash(self) -> str:
         digest = hashlib.sha256(self.encoder.hash().encode())
         digest.update(repr(self.calibration).encode())
@@ -433,7 +441,7 @@ class _Batch:
         reader: ThreadPoolExecutor,
     ) -> None:
         self.pairs = pairs
-        self.reads = ocr is not None
+        self.ocr, self.reads = ocr, ocr is not None
         self._futures: dict[int, Future[tuple[str, ErrorRecord | None]]] = {}
         if ocr is not None:
             for i, (item, pixels) in enumerate(pairs):

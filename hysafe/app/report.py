@@ -174,8 +174,8 @@ def nearest_items(
     """
     tangents = np.ascontiguousarray(tangents, dtype=np.float32)
     groups: dict[bytes, list[int]] = {}
-    for row in np.flatnonzero(np.isfinite(tangents).all(axis=1)):
-        groups.setdefault(tangents[row].tobytes(), []).append(int(row))
+    for row in np.flatnonzero(np.isfinite(tangents).all(axis=1)).tolist():
+        groups.setdefault(tangents[row].tobytes(), []).append(row)
     members = list(groups.values())
     group_of = {row: g for g, same in enumerate(members) for row in same}
     wanted = [row for row in rows if row in group_of]

@@ -75,7 +75,7 @@ class EmbedCLI(LightningCLI):
 def embed_main(args: list[str] | None = None) -> None:
     """Entry point: ``python train_embed.py fit --config configs/embed/NAME.yaml``.
 
-    Resume with ``--ckpt_path RUN/checkpoints/last.ckpt``; any setting can be overridden on the
+    Resume with ``--ckpt_path RUN/csv/checkpoints/last.ckpt``; any setting can be overridden on the
     command line (``--model.dim 64``).
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

@@ -147,6 +147,20 @@ def test_failed_reading_fails_closed(tiny_model: SafetyModel) -> None:
     assert result.error is not None
 
 
+def test_text_of_a_broken_picture_is_still_judged(tiny_model: SafetyModel) -> None:
+    item = Item("a", "s", "image+text", text="a risky offer", image=b"broken", content_hash="h")
+    (judged,) = tiny_model.judge([item], options=ScanOptions(4, 0))
+    assert "text" in judged.result.channels
+    assert judged.result.error is not None
+    assert judged.result.rating != "safe"
+
+
+def test_reading_is_part_of_the_hash(tiny_model: SafetyModel) -> None:
+    (plain,) = tiny_model.moderate(images=[png()])
+    (read,) = tiny_model.moderate(images=[png()], ocr=Reader("x"))
+    assert plain.hashes.model != read.hashes.model
+
+
 def test_policy_switches_a_domain_off(tiny_model: SafetyModel) -> None:
     off = Policy.from_dict({"nodes": {f"D{i}": {"status": "non_violating"} for i in range(1, 13)}})
     (result,) = tiny_model.moderate(texts=["anything at all"], policy=off)

@@ -122,6 +122,9 @@ class Page(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         self._open = ""
 
+    def handle_endtag(self, tag: str) -> None:
+        self._open = ""
+
     def handle_data(self, data: str) -> None:
         self.texts[self._open] = self.texts.get(self._open, "") + data
 
@@ -260,7 +263,7 @@ def test_totals_and_tree_count_rows_that_the_queue_leaves_out(
     assert [i["name"] for i in page.payload["items"]] == ["u5", "u4", "u3", "u2"]
     assert page.payload["total"] == 20
     assert len(page.payload["dots"]) == 20
-    tiles = [page.texts["b"][0:]]
+    tiles = [page.texts["b"]]
     assert tiles == ["2063110"]  # items, unsafe, review, safe, errors
 
 
@@ -548,7 +551,6 @@ def test_the_page_runs_and_hostile_content_does_not(
     pictures = page.named("img")
     assert len(pictures) == 1
     assert str(pictures[0]["src"]).startswith("data:image/jpeg;base64,")
-    assert [a for a in page.named("button") if a.get("class") == "thumb"][0][
-        "aria-pressed"
-    ] == "false"
-    assert ATTACK in page.texts.values() or ATTACK in str(page.texts)
+    thumb = next(a for a in page.named("button") if a.get("class") == "thumb")
+    assert thumb["aria-pressed"] == "false"
+    assert ATTACK in page.texts["bdi"]  # its source, on its card
