@@ -41,7 +41,7 @@ SHORTLIST = 8
 # Dots on the disk; above, every rating keeps its share and at least MIN_DOTS items.
 MAX_DOTS, MIN_DOTS = 2500, 300
 # p-value at or below which the report calls an item novel.
-NOVEL_AT = 0.05
+NOVEL_AT = 0.001
 # What one item may show: characters of its text, of the text read in its picture, of a message;
 # nodes. Rows in the list of errors.
 MAX_TEXT, MAX_READ, MAX_MESSAGE, MAX_PATHS, MAX_ERRORS = 4000, 1500, 500, 4, 500

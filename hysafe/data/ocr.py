@@ -72,7 +72,7 @@ _MIN_SHORT_SIDE = 8
 # Long side at which strokes are looked for first, twice that in pictures more than twice as long;
 # then at half the size, again and again down to the last.
 _LUMA_SIDE = 400
-_COARSE_SIDE = 200  # for tilted and for coloured text
+_COLOUR_SIDE = 200
 _LAST_SIDE = 24
 # Ink is what lies above the middle between the darkest and lightest pixel of a square of
 # _INK_WINDOW px, where these differ by more than the contrast (grey levels of 255).
@@ -286,10 +286,10 @@ def _holds_strokes(pixels: Pixels) -> bool:
     luma = _shrink(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), side)
     if _has_line(luma, _LUMA_CONTRAST):
         return True
-    if _has_line(_tilt(_shrink(luma, _COARSE_SIDE)), _LUMA_CONTRAST):
+    if _has_line(_tilt(_shrink(luma, _LUMA_SIDE)), _LUMA_CONTRAST):
         return True
     # Letters as bright as their ground differ in half of R - G or of B - G.
-    colour = _shrink(pixels, min(_COARSE_SIDE, max(pixels.shape) // 2))
+    colour = _shrink(pixels, min(_COLOUR_SIDE, max(pixels.shape) // 2))
     to_differences = np.array([[0.5, -0.5, 0.0, 128.0], [0.0, -0.5, 0.5, 128.0]], np.float32)
     return _has_line(cv2.transform(colour, to_differences), _COLOUR_CONTRAST)
 

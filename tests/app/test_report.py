@@ -406,7 +406,8 @@ def test_the_disk_keeps_the_geodesic_radius(
     ids = [n.id for n in taxonomy]
     layout = disk_layout(tangents, ids, node_tangents, taxonomy, c=c, geometry="lorentz")
     for positions, vectors in ((layout.items, tangents), (layout.nodes, node_tangents)):
-        wanted = np.tanh(math.sqrt(c) * np.linalg.norm(vectors, axis=1) / 2)
+        norms = np.linalg.norm(vectors.astype(float), axis=1)
+        wanted = np.tanh(math.sqrt(c) * norms / 2)
         np.testing.assert_allclose(np.linalg.norm(positions, axis=1), wanted, atol=1e-6)
     assert np.isnan(layout.items[7]).all()
     assert np.isfinite(np.delete(layout.items, 7, axis=0)).all()

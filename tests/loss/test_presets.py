@@ -95,10 +95,14 @@ def test_every_preset_has_its_formula_here() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(FORMULAS))
-def test_a_preset_equals_its_formula(name: str, space: Space) -> None:
+def test_a_preset_equals_its_formula_in_value_and_gradient(name: str, space: Space) -> None:
     terms = Terms(space)
-    got = preset_loss(name, terms.points, C, SCALE, space=space)
-    torch.testing.assert_close(got["loss"], FORMULAS[name](terms))
+    points = [terms.points[role].requires_grad_() for role in PRESETS[name].roles]
+    got = preset_loss(name, terms.points, C, SCALE, space=space)["loss"]
+    expected = FORMULAS[name](terms)
+    torch.testing.assert_close(got, expected)
+    gradients = torch.autograd.grad(got, points), torch.autograd.grad(expected, points)
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

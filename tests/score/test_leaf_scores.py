@@ -271,6 +271,16 @@ def test_a_new_node_competes_with_the_others() -> None:
     assert float(high.p_unsafe) > float(low.p_unsafe)
 
 
+def test_a_new_node_without_concepts_can_be_switched_off_too() -> None:
+    rule = {"parent": "D6", "name": "Drone parts", "definition": "Parts for armed drones."}
+    off = table({"x.1": {**rule, "status": "non_violating"}})
+    drawn = torch.full((1, len(off.ids)), -1.0)
+    drawn[0, off.index["x.1"]] = 1.0
+    scores = score_margins(drawn, off, scale=SCALE)
+    assert float(column(scores, off, "x.1")) == 0
+    assert float(scores.p_unsafe) < 0.01
+
+
 def test_a_new_concept_competes_within_its_category() -> None:
     rule = {"parent": "6.1", "name": "Drone bombs", "definition": "Bombs on drones."}
     more = table({"x.1": rule})
