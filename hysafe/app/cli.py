@@ -320,7 +320,8 @@ def _quiet_libraries(verbose: bool) -> None:
     if not verbose:
         warnings.simplefilter("ignore")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")  # worker processes
-        os.environ.setdefault("LANCE_LOG", "error")
+        for name in ("LANCE_LOG", "LANCEDB_LOG", "RUST_LOG"):
+            os.environ.setdefault(name, "error")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         logging.getLogger("root").setLevel(logging.ERROR)
 

@@ -41,7 +41,7 @@ SHORTLIST = 8
 # Dots on the disk; above, every rating keeps its share and at least MIN_DOTS items.
 MAX_DOTS, MIN_DOTS = 2500, 300
 # p-value at or below which the report calls an item novel.
-NOVEL_AT = 0.001
+NOVEL_AT = 0.05
 # What one item may show: characters of its text, of the text read in its picture, of a message;
 # nodes. Rows in the list of errors.
 MAX_TEXT, MAX_READ, MAX_MESSAGE, MAX_PATHS, MAX_ERRORS = 4000, 1500, 500, 4, 500
@@ -403,7 +403,7 @@ def _sample(ratings: Sequence[int], tangents: np.ndarray) -> list[int]:
         return sorted(int(i) for r in rows for i in r)
     keep: list[int] = []
     for r in rows:
-        size = min(len(r), max(MIN_DOTS, round(MAX_DOTS * len(r) / total)))
+        size = min(len(r), max(0, round(MAX_DOTS * len(r) / total)))
         keep += [int(r[i]) for i in np.linspace(0, len(r) - 1, size).astype(int)]
     return sorted(keep)
 

@@ -122,9 +122,6 @@ class Page(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         self._open = ""
 
-    def handle_endtag(self, tag: str) -> None:
-        self._open = ""
-
     def handle_data(self, data: str) -> None:
         self.texts[self._open] = self.texts.get(self._open, "") + data
 
