@@ -88,6 +88,9 @@ class _Channel:
     risk: Tensor
     over: Tensor
     novelty: list[NoveltyScores]
+    radius: list[float]
+    tangent: np.ndarray
+    top: list[str | None]
     truncated: dict[int, bool] = field(default_factory=dict)
 
 
@@ -299,7 +302,19 @@ class SafetyModel:
             ]
         else:
             novelty = [NoveltyScores(None, None)] * len(rows)
-        return _Channel(rows, points, margins, scores.nodes, scores.p_unsafe, risk, over, novelty)
+        return _Channel(
+            rows,
+            points,
+            margins,
+            scores.nodes,
+            scores.p_unsafe,
+            risk,
+            over,
+            novelty,
+            points.radius().tolist(),
+            points.tangent().numpy(),
+            _top_categories(scores.nodes, table),
+        )
 
     def _text_channel(
         self, name: str, texts: dict[int, str], table: NodeTable, apexes: Points
@@ -323,7 +338,8 @@ class SafetyModel:
         return _Channel(
             rows, every.points[pick], every.margins[pick], every.nodes[pick],
             every.p_unsafe[pick], every.risk[pick], every.over[pick],
-            [every.novelty[best[row]] for row in rows], truncated,
+            [every.novelty[best[row]] for row in rows], [every.radius[best[row]] for row in rows],
+            every.tangent[pick.numpy()], [every.top[best[row]] for row in rows], truncated,
         )  # fmt: skip
 
     def _join(
@@ -362,7 +378,7 @@ class SafetyModel:
                     rating, reason, channel, k, table, batch, written
                 )
             ratings[name] = (rating, reason)
-            top = _top_category(channel.nodes[k], table)
+            top = channel.top[k]
             record[name] = {"p_unsafe": _rounded(float(channel.p_unsafe[k])), "top": top,
                             "rating": rating}  # fmt: skip
         if "ocr" in record:
@@ -388,7 +404,7 @@ class SafetyModel:
         result = Result(
             item.id, item.source, item.modality, rating,
             _rounded(max(float(channels[n].p_unsafe[i]) for n, i in spoken.items())),
-            paths, novelty, _rounded(float(channel.points[[k]].radius())), record,
+            paths, novelty, _rounded(channel.radius[k]), record,
             item.error, stamp,
         )  # fmt: skip
         return Judgement(
@@ -535,12 +551,13 @@ def _windows(text: str, tokens: int, limit: int) -> tuple[list[str], bool]:
     return parts[:MAX_WINDOWS], len(parts) > MAX_WINDOWS
 
 
-def _top_category(scores: Tensor, table: NodeTable) -> str | None:
+def _top_categories(scores: Tensor, table: NodeTable) -> list[str | None]:
+    """Best active category of each row; None where the policy leaves none."""
     categories = table.leaves[table.risk]
     if not len(categories):
-        return None
-    best = int(scores[categories].argmax())
-    return table.ids[int(categories[best])]
+        return [None] * len(scores)
+    best = categories[scores[:, categories].argmax(-1)]
+    return [table.ids[i] for i in best.tolist()]
 
 
 def _paths(spoken: list[tuple[_Channel, int]], table: NodeTable) -> tuple[NodeScore, ...]:
@@ -568,7 +585,7 @@ def _paths(spoken: list[tuple[_Channel, int]], table: NodeTable) -> tuple[NodeSc
 
 
 def _tangent(channel: _Channel, k: int) -> np.ndarray:
-    return channel.points[[k]].tangent()[0].numpy()
+    return np.asarray(channel.tangent[k])
 
 
 def _rounded(value: float) -> float:

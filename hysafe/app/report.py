@@ -403,7 +403,7 @@ def _sample(ratings: Sequence[int], tangents: np.ndarray) -> list[int]:
         return sorted(int(i) for r in rows for i in r)
     keep: list[int] = []
     for r in rows:
-        size = min(len(r), max(0, round(MAX_DOTS * len(r) / total)))
+        size = min(len(r), max(MIN_DOTS, round(MAX_DOTS * len(r) / total)))
         keep += [int(r[i]) for i in np.linspace(0, len(r) - 1, size).astype(int)]
     return sorted(keep)
 

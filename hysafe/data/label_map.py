@@ -54,7 +54,7 @@ def text_nodes(
     for depth in range(len(labels), 0, -1):
         nodes = table.get("/".join(labels[:depth]))
         if nodes is not None:
-            return (tuple(nodes), _safe(nodes)) if nodes else ((), None)
+            return tuple(nodes), _safe(nodes)
     nodes = entry.get("safe", {}).get(safe)
     return (tuple(nodes), safe) if nodes else ((), None)
 
@@ -83,6 +83,6 @@ def _entry(source: str, what: str) -> dict[str, Any]:
 
 
 def _safe(nodes: Sequence[str]) -> bool | None:
-    """Whether the nodes are harmless; None where some are and some are not."""
+    """Whether the nodes are harmless; None where some are and some are not, or there are none."""
     harmless = {n in (SAFE, "S") or n.startswith("S.") for n in nodes}
     return harmless.pop() if len(harmless) == 1 else None

@@ -285,11 +285,11 @@ def test_the_queue_starts_with_unsafe_then_review_then_errors(
 def test_header_names_model_policy_and_all_hashes(
     tmp_path: Path, taxonomy: Taxonomy, node_tangents: np.ndarray
 ) -> None:
-    results = [row(taxonomy, "a"), row(taxonomy, "b", hashes=dict(HASHES, policy="other"))]
+    results = [row(taxonomy, "a"), row(taxonomy, "b", hashes=dict(HASHES, policy="5h0p"))]
     write(tmp_path, report_data(taxonomy, node_tangents, results, model="mini-7", policy="shop"))
     text = (tmp_path / "report.html").read_text("utf-8")
     header = text[text.index("<header") : text.index("</header>")]
-    for part in ("mini-7", "shop", "m0d31", "7a20", "b0b0", "other", "not a verdict", "−1.3"):
+    for part in ("mini-7", "shop", "m0d31", "7a20", "b0b0", "5h0p", "not a verdict", "−1.3"):
         assert part in header
 
 

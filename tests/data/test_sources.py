@@ -111,6 +111,7 @@ def test_an_adapter_may_be_a_function_leave_rows_out_or_make_several(tmp_path: P
 def test_streaming_gives_the_same_rows(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "n.jsonl", *({"n": i} for i in range(3)))
     rows = load_rows(str(path), streaming=True)
+    assert not hasattr(rows, "__len__")  # nothing is read ahead
     assert [r["n"] for r in rows] == [r["n"] for r in load_rows(str(path))] == [0, 1, 2]
 
 
