@@ -293,7 +293,7 @@ class SafetyModel:
             offset=fit.offset, temperature=fit.temperature,
         )  # fmt: skip
         risk, over = weighted_risk(scores, table)
-        if fit.distribution:
+        if fit.distribution and fit.policy:
             distribution = conformal_p_values(scores.energy, fit.distribution, fit.n).tolist()
             unheld = conformal_p_values(scores.policy_evidence, fit.policy, fit.n).tolist()
             novelty = [

@@ -49,7 +49,9 @@ MAX_TEXT, MAX_READ, MAX_MESSAGE, MAX_PATHS, MAX_ERRORS = 4000, 1500, 500, 4, 500
 TURN = 2.0
 # Share of the disk used where a flat space has no rim, and of a sector that stays empty.
 FLAT_EXTENT, SECTOR_GAP = 0.95, 0.12
-RING_STEPS = (0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 25.0, 50.0)
+# Radii that may get a ring, and how far apart rings stand in the unit disk.
+RING_RADII = tuple(n * 10.0**k for k in range(-2, 4) for n in (1, 1.5, 2, 3, 5, 7.5))
+RING_APART = 0.12
 
 
 @dataclass(frozen=True)
@@ -148,10 +150,14 @@ def disk_layout(
         if taxonomy[n].kind in ("category", "benign", "background") and node_radii[row] > 0
     ] or [row for row in placed.values() if node_radii[row] > 0]
     angles = _item_angles(tangents, node_tangents[leaves], node_angles[leaves])
-    step = next((s for s in RING_STEPS if reach / s <= 5), reach)
-    steps = np.arange(1, int(reach / step) + 1) * step
-    rings = tuple((float(s), float(shrink(np.array(s)))) for s in steps)
-    return DiskLayout(_polar(shrink(node_radii), node_angles), _polar(shrink(radii), angles), rings)
+    rings: list[tuple[float, float]] = []
+    for radius in RING_RADII:
+        rho = float(shrink(np.array(radius)))
+        if radius <= reach and rho - (rings[-1][1] if rings else 0.0) >= RING_APART:
+            rings.append((radius, rho))
+    return DiskLayout(
+        _polar(shrink(node_radii), node_angles), _polar(shrink(radii), angles), tuple(rings)
+    )
 
 
 def nearest_items(
@@ -587,7 +593,7 @@ def _novelty_words(result: Mapping[str, Any]) -> str:
     words = []
     if policy is not None and policy <= NOVEL_AT:
         words.append(
-            f"New to the policy (p = {policy:.3f}): it looks risky and no active node holds it."
+            f"New to the policy (p = {policy:.3f}): risky in a way that no active node explains."
         )
     if distribution is not None and distribution <= NOVEL_AT:
         words.append(f"Far from everything the model knows (p = {distribution:.3f}).")

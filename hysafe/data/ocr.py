@@ -127,9 +127,9 @@ class Ocr:
     Args:
         threads: threads of the engine, >= 1.
         max_side: side in pixels of the largest square that text is looked for in at full size;
-            pictures with more pixels are looked at scaled down to as many (the letters are then
-            read at full size). Letters of 9 px and more at that scale are read reliably.
-            Time grows with its square.
+            pictures with more pixels are looked at scaled down to as many (the letters found are
+            then read at full size). Time grows with its square. More finds the 11 px print of
+            full-screen screenshots, but fewer lone labels on large photographs; less the reverse.
         min_confidence: lines the engine is less sure of are dropped, in [0, 1].
         cache: SQLite file that keeps results between runs, shared by any number of processes;
             made where it does not exist. None: kept in memory.

@@ -8,7 +8,9 @@
       "6.1": {status: sensitive, threshold: 0.4}
       "x.1": {parent: D6, name: ..., definition: ..., synonyms: [...]}
 
-Keys are node ids of any level; settings are inherited by descendants, the nearest one wins.
+Keys are node ids of any level; settings are inherited by descendants, the nearest one wins. A
+concept switched off takes its share of its category with it, one kept on below a category that is
+off still counts.
 """
 
 from __future__ import annotations

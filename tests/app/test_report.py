@@ -350,7 +350,7 @@ def test_text_read_in_a_picture_is_shown_once(
         (
             {"novelty": {"policy": 0.02, "distribution": 0.5}},
             "novelty",
-            "New to the policy (p = 0.020): it looks risky and no active node holds it.",
+            "New to the policy (p = 0.020): risky in a way that no active node explains.",
         ),
         (
             {"novelty": {"policy": 0.5, "distribution": 0.004}},
@@ -408,6 +408,7 @@ def test_the_disk_keeps_the_geodesic_radius(
         np.testing.assert_allclose(np.linalg.norm(positions, axis=1), wanted, atol=1e-6)
     assert np.isnan(layout.items[7]).all()
     assert np.isfinite(np.delete(layout.items, 7, axis=0)).all()
+    assert len(layout.rings) > 2
     for radius, rho in layout.rings:
         assert rho == pytest.approx(math.tanh(math.sqrt(c) * radius / 2))
 

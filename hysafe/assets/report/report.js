@@ -292,6 +292,10 @@
   let view = { alpha: [1, 0], beta: [0, 0] }, zoom = 1, hover = null, cursor = -1, box = { w: 0, h: 0, r: 1, x: 0, y: 0 };
   const reach = Math.max(0.05, ...dots.map((d) => Math.hypot(d.x, d.y)), ...placed.map((i) => Math.hypot(...nodes[i].at)));
   const fit = Math.min(6, Math.max(1, 0.94 / reach));
+  const categories = placed.filter((i) => nodes[i].kind === "category");
+  const middle = (list) => (list.length ? [...list].sort((a, b) => a - b)[list.length >> 1] : 0);
+  const depth = middle(categories.map((i) => Math.hypot(...nodes[i].at))); // where the categories lie
+  const close = depth ? Math.min(12, Math.max(fit, 0.8 / depth)) : fit;
   const mapped = (z) => flat ? add(z, view.beta) : over(add(times(view.alpha, z), view.beta), add(times(conj(view.beta), z), conj(view.alpha)));
   const screen = (z) => { const m = mapped(z); return [box.x + m[0] * box.r * zoom, box.y - m[1] * box.r * zoom]; };
   const unscreen = (x, y) => [(x - box.x) / (box.r * zoom), (box.y - y) / (box.r * zoom)];
@@ -332,7 +336,8 @@
     const x = box.x + ((a[0] + b[0]) / 2) * box.r * zoom, y = box.y - ((a[1] + b[1]) / 2) * box.r * zoom;
     const r = (Math.hypot(a[0] - b[0], a[1] - b[1]) / 2) * box.r * zoom;
     pen.beginPath(); pen.arc(x, y, r, 0, 2 * Math.PI); pen.stroke();
-    if (r > 24) ringLabels.push([label, x, y - r - 2]);
+    const last = ringLabels[ringLabels.length - 1];
+    if (r > 52 && (!last || last[2] - (y - r - 2) > 15)) ringLabels.push([label, x, y - r - 2]);
   }
   let ringLabels = [];
 
@@ -398,17 +403,19 @@
         else { pen.fillStyle = colours.dots[rating]; pen.fill(); }
       }
     }
-    // nodes
+    // nodes, no larger than their spacing allows
+    const room = (Math.PI * depth * box.r * zoom) / Math.max(1, categories.length);
+    const pip = Math.min(narrow ? 3.4 : 4.2, Math.max(1.7, room)), half = Math.min(narrow ? 4.5 : 5.5, Math.max(3.2, pip * 1.5));
     for (const i of placed) {
       const n = nodes[i], concept = n.kind === "concept";
       if (concept && !(focus >= 0 && (i === focus || n.parent === focus))) continue;
-      const [x, y] = screen(n.at), domain = n.parent < 0, half = narrow ? 4 : 5.5;
+      const [x, y] = screen(n.at), domain = n.parent < 0;
       pen.globalAlpha = lit(i) ? 1 : 0.4;
       pen.beginPath();
       if (domain) pen.roundRect(x - half, y - half, 2 * half, 2 * half, 3);
-      else pen.arc(x, y, risky(n) && !concept ? (narrow ? 2.8 : 3.8) : 2.2, 0, 2 * Math.PI);
+      else pen.arc(x, y, risky(n) && !concept ? pip : Math.min(2.2, pip), 0, 2 * Math.PI);
       pen.fillStyle = colours.panel; pen.fill();
-      pen.strokeStyle = domainColour(i); pen.lineWidth = i === focus ? 4 : domain ? 3 : risky(n) && !concept ? 2.2 : 1.2; pen.stroke();
+      pen.strokeStyle = domainColour(i); pen.lineWidth = i === focus ? 4 : domain ? Math.min(3, half * 0.6) : risky(n) && !concept ? Math.min(2.2, pip * 0.65) : Math.min(1.2, pip * 0.5); pen.stroke();
     }
     pen.globalAlpha = 1;
     pen.strokeStyle = colours.disk; pen.lineWidth = 4; pen.lineJoin = "round"; pen.fillStyle = colours.muted;
@@ -470,18 +477,18 @@
   let labelBoxes = [];
 
   function at(x, y) { // what lies under a position of the canvas
-    let best = null, close = 144;
+    let best = null, nearest = 144;
     const inside = Math.hypot(x - box.x, y - box.y) <= box.r;
     if (inside) {
       const focus = state.node;
       for (const i of placed) {
         if (nodes[i].kind === "concept" && nodes[i].parent !== focus && i !== focus) continue;
         const [px, py] = screen(nodes[i].at), d = ((px - x) ** 2 + (py - y) ** 2) * (risky(nodes[i]) ? 0.6 : 1.4);
-        if (d < close) { close = d; best = { node: i, px, py }; }
+        if (d < nearest) { nearest = d; best = { node: i, px, py }; }
       }
       for (const d of dots) {
         const [px, py] = screen([d.x, d.y]), q = (px - x) ** 2 + (py - y) ** 2 + (matches(RATINGS[d.rating], d, d.item) ? 0 : 100);
-        if (q < close) { close = q; best = { dot: d, px, py }; }
+        if (q < nearest) { nearest = q; best = { dot: d, px, py }; }
       }
     } else for (const l of labelBoxes) {
       const [bx, by, bw, bh] = l.box;
@@ -564,10 +571,11 @@
   canvas.after(el("p", { class: "vh", id: "disk-said", role: "status", "aria-live": "polite" }));
 
   function zoomBy(factor) { zoom = Math.min(12, Math.max(0.9, zoom * factor)); show(null); draw(); }
-  function home() { view = { alpha: [1, 0], beta: [0, 0] }; zoom = fit; show(null); draw(); }
+  function home(factor) { view = { alpha: [1, 0], beta: [0, 0] }; zoom = factor; show(null); draw(); }
   $("zoom-in").addEventListener("click", () => zoomBy(1.3));
   $("zoom-out").addEventListener("click", () => zoomBy(1 / 1.3));
-  $("zoom-reset").addEventListener("click", home);
+  $("zoom-reset").addEventListener("click", () => home(fit));
+  $("zoom-nodes").addEventListener("click", () => home(close));
 
   function legend() {
     const entry = (mark, text) => el("li", {}, mark, text);
