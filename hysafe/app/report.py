@@ -50,7 +50,7 @@ TURN = 2.0
 # Share of the disk used where a flat space has no rim, and of a sector that stays empty.
 FLAT_EXTENT, SECTOR_GAP = 0.95, 0.12
 # Radii that may get a ring, and how far apart rings stand in the unit disk.
-RING_RADII = tuple(n * 10.0**k for k in range(-2, 4) for n in (1, 1.5, 2, 3, 5, 7.5))
+RING_RADII = tuple(n * 10.0**k for k in range(-2, 4) for n in (1, 2, 3, 5))
 RING_APART = 0.12
 
 

@@ -162,11 +162,17 @@ def _report(
 ) -> None:
     with (out / RESULTS).open(encoding="utf-8") as lines:
         results = [json.loads(line) for line in lines]
-    rows = Collection.open(out).to_arrow(["id", "vector"])
+    rows = Collection.open(out).to_arrow(["id", "vector", "text_vector"])
     vectors = matrix(rows["vector"], apexes.space.shape[1])
+    texts = matrix(rows["text_vector"], apexes.space.shape[1])
     if rows["id"].to_pylist() != [r["id"] for r in results]:
         position = {name: i for i, name in enumerate(rows["id"].to_pylist())}
-        vectors = vectors[np.array([position[r["id"]] for r in results], dtype=int)]
+        order = np.array([position[r["id"]] for r in results], dtype=int)
+        vectors, texts = vectors[order], texts[order]
+    # an item stands on the map where the channel that decided saw it
+    spoke = np.array([r["channels"].get("decided_by") in ("ocr", "text") for r in results])
+    use = spoke[:, None] & np.isfinite(texts) if len(results) else np.empty_like(texts, dtype=bool)
+    vectors = np.where(use, texts, vectors)
     write_report(
         out / REPORT,
         ReportData(
