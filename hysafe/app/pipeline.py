@@ -171,7 +171,7 @@ class SafetyModel:
         stack = torch.stack([self._features[b] for b in banks])
         depth = torch.tensor([taxonomy.depth(n.id) for n in taxonomy])
         with torch.inference_mode():
-            return _frozen(self.encoder.place_nodes(stack, depth.to(stack.device)))
+            return _frozen(self.encoder.place_nodes(stack, depth.to(stack.device), banks))
 
     def _store_path(self) -> Path | None:
         if self._cache is None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from hysafe.data.datamodule import EmbedData
 from hysafe.encoder import HyperbolicEncoder, mini_architecture, open_clip_architecture
+from hysafe.encoder.model import bank_hash
 from hysafe.errors import ConfigError
 from hysafe.geometry import BoundedScalar, Points, get_space
 from hysafe.loss import (
@@ -23,6 +24,7 @@ from hysafe.loss import (
     preset_loss,
     prototype_cross_entropy,
 )
+from hysafe.taxonomy import load_taxonomy
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,9 @@ class EncoderTask(L.LightningModule):
         lr: of the image tower. head_lr: heads and scalars. lora_lr: adapters.
         weight_decay: AdamW, matrices only.
         warmup: share of the steps.
+        text_layers: upper layers of MiniLM that are trained whole (``mini``, with lora_rank 0).
+        text_lr: of these layers.
+        node_offsets: a learned offset for every node of the bundled taxonomy.
     """
 
     def __init__(
@@ -60,6 +65,9 @@ class EncoderTask(L.LightningModule):
         lora_lr: float = 1e-3,
         weight_decay: float = 0.05,
         warmup: float = 0.1,
+        text_layers: int = 0,
+        text_lr: float = 1e-4,
+        node_offsets: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -71,11 +79,15 @@ class EncoderTask(L.LightningModule):
             architecture["lora_rank"] = lora_rank
         else:
             architecture = mini_architecture(
-                str(image_tower), image_size=image_size, lora_rank=lora_rank
-            )
-        self.encoder = HyperbolicEncoder(architecture, dim=dim, space=space, curvature=curvature)
+                str(image_tower), image_size=image_size, lora_rank=lora_rank,
+                text_layers=text_layers,
+            )  # fmt: skip
+        known = [bank_hash(n.phrases) for n in load_taxonomy()] if node_offsets else []
+        self.encoder = HyperbolicEncoder(
+            architecture, dim=dim, space=space, curvature=curvature, known_nodes=known
+        )
         self.space = get_space(space)
-        self.lr, self.head_lr, self.lora_lr = lr, head_lr, lora_lr
+        self.lr, self.head_lr, self.lora_lr, self.text_lr = lr, head_lr, lora_lr, text_lr
         self.weight_decay, self.warmup = weight_decay, warmup
 
     def configure_optimizers(self) -> Any:
@@ -83,8 +95,7 @@ class EncoderTask(L.LightningModule):
         for name, p in self.named_parameters():
             if not p.requires_grad:
                 continue
-            lr = self.lora_lr if "lora_" in name else (
-                self.lr if name.startswith("encoder.towers") else self.head_lr)  # fmt: skip
+            lr = self._rate(name)
             decay = self.weight_decay if p.ndim >= 2 else 0.0
             groups.setdefault((lr, decay), []).append(p)
         optimizer = torch.optim.AdamW(
@@ -105,6 +116,13 @@ class EncoderTask(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def _rate(self, name: str) -> float:
+        if "lora_" in name:
+            return self.lora_lr
+        if name.startswith("encoder.towers.model.text."):
+            return self.text_lr
+        return self.lr if name.startswith("encoder.towers") else self.head_lr
 
     def monitor_scalars(self) -> dict[str, float]:
         """Curvature, scales and whether a bound saturates."""
@@ -142,6 +160,7 @@ class TaxonomyTask(EncoderTask):
         text_every: texts take part in every n-th step, with n times the weight.
         phrases: at most this many phrases a node (quick runs); all when None.
         init_from: folder of an earlier stage's export to start from.
+        image_from: folder of an export whose image tower alone is taken (ImageTowerTask).
         freeze_image: keep the image tower as it is (a later stage: adapter and heads only).
         train_sizes: [[share of training from which on, side], ...]: smaller pictures first.
         refresh_every: steps between re-encodings of all phrases (nodes, classes, hypernyms); in
@@ -167,6 +186,7 @@ class TaxonomyTask(EncoderTask):
         text_every: int = 1,
         phrases: int | None = None,
         init_from: str | None = None,
+        image_from: str | None = None,
         freeze_image: bool = False,
         train_sizes: list[list[float]] = [[0.0, 64]],  # noqa: B006 - read only
         refresh_every: int = 400,
@@ -184,10 +204,13 @@ class TaxonomyTask(EncoderTask):
         lora_lr: float = 1e-3,
         weight_decay: float = 0.05,
         warmup: float = 0.1,
+        text_layers: int = 0,
+        text_lr: float = 1e-4,
+        node_offsets: bool = False,
     ) -> None:
         super().__init__(
             image_tower, open_clip, image_size, dim, space, curvature, lora_rank,
-            lr, head_lr, lora_lr, weight_decay, warmup,
+            lr, head_lr, lora_lr, weight_decay, warmup, text_layers, text_lr, node_offsets,
         )  # fmt: skip
         self.weights, self.image_weight = weights, image_weight
         self.image_leaf_weight, self.class_entail = image_leaf_weight, class_entail
@@ -200,6 +223,8 @@ class TaxonomyTask(EncoderTask):
                     f"config wants {dim}, {space}."
                 )
             self.encoder.towers.lock_text()
+        if image_from is not None:
+            self.encoder.towers.take_image_tower(image_from)
         self.freeze_image = freeze_image
         if freeze_image:
             self.encoder.towers.model.visual.requires_grad_(False)
@@ -216,7 +241,8 @@ class TaxonomyTask(EncoderTask):
         leaves = data.leaves
         self._leaves = leaves
         self._edges, self._siblings = leaves.edges(), leaves.siblings()
-        self._node_phrases = [n.phrases[: self.phrases] for n in data.taxonomy]
+        self._node_banks = [n.phrases for n in data.taxonomy]
+        self._node_phrases = [bank[: self.phrases] for bank in self._node_banks]
         world = data.world
         if not hasattr(self, "classifier"):
             self.classifier = torch.nn.Linear(self.encoder.towers.embed_dim, len(world.names))
@@ -287,7 +313,7 @@ class TaxonomyTask(EncoderTask):
         spoken = self.global_step % self.text_every == 0
         if spoken:
             text = encoder.lift("text", self._text_features(texts["texts"])).space
-        nodes = encoder.place_nodes(self._node_features, self._leaves.depth).space
+        nodes = encoder.place_nodes(self._node_features, self._leaves.depth, self._node_banks).space
         terms = self._image_terms(image, pictures["classes"], c)
         terms["classifier"] = F.cross_entropy(
             self.classifier(F.layer_norm(features, features.shape[-1:])),
@@ -435,7 +461,7 @@ class TaxonomyTask(EncoderTask):
             samples = data.validation_texts
             features = encoder.text_features([str(s.text) for s in samples]).clone()
         items = encoder.lift("text", features)
-        nodes = encoder.place_nodes(self._node_features, self._leaves.depth)
+        nodes = encoder.place_nodes(self._node_features, self._leaves.depth, self._node_banks)
         logits = items.margin(nodes)[:, self._leaves.leaf_nodes] * self.encoder.cone_scale()
         risky = self._leaves.risky.to(logits.device)
         evidence = logits[:, risky].logsumexp(-1) - logits[:, ~risky].logsumexp(-1)

@@ -15,7 +15,9 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
-from hysafe.app.tasks import EncoderTask, PresetTask, TaxonomyTask  # noqa: F401 - subclasses by name
+from hysafe.app.image_task import ImageTowerTask  # noqa: F401 - subclasses by name
+from hysafe.app.tasks import EncoderTask, PresetTask, TaxonomyTask  # noqa: F401
+from hysafe.errors import ConfigError
 
 __all__ = ["ExportModel", "RunRecord", "embed_main"]
 
@@ -50,7 +52,7 @@ class ExportModel(Callback):
         if not isinstance(pl_module, EncoderTask) or trainer.interrupted:
             return
         target = Path(trainer.default_root_dir) / "model"
-        pl_module.encoder.save_directory(target, image_dtype=torch.bfloat16)
+        pl_module.encoder.save_directory(target, tower_dtype=torch.bfloat16)
         log.info("model written to %s", target)
 
 
@@ -66,6 +68,28 @@ class EmbedCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         parser.set_defaults({"trainer.enable_checkpointing": True})
+        parser.add_argument(
+            "--before",
+            type=str | None,
+            default=None,
+            help="config of an earlier stage, run first unless its export exists",
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Run the stage that this one starts from, where it has not been run."""
+        settings = self.config[self.subcommand] if self.subcommand else self.config
+        if settings.get("before") is None:
+            return
+        options = settings.model.init_args
+        needed = options.get("image_from") or options.get("init_from")
+        if needed is None:
+            raise ConfigError("`before` needs image_from or init_from, the stage's export.")
+        if (Path(needed) / "model.safetensors").is_file():
+            log.info("%s is there: %s is not run again", needed, settings.before)
+            return
+        log.info("first %s, which makes %s", settings.before, needed)
+        embed_main(["fit", "--config", settings.before])
+        self._set_seed()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         kwargs.setdefault("callbacks", [])

@@ -81,7 +81,13 @@ class NodeHead(LorentzHead):
     """Places taxonomy nodes: the direction comes from text, the radius from the depth.
 
     All nodes of one depth share one learned radius and so one aperture; a node that a policy adds
-    as text gets the cone of its depth without training.
+    as text gets the cone of its depth without training. Nodes known in training also have a learned
+    offset of the direction, which moves a cone from where its phrases lie to where its items lie.
+
+    Args:
+        radii: starting radius of each depth, in units of 1/sqrt(c).
+        known: number of nodes with an offset.
+        others: as for :class:`LorentzHead`.
     """
 
     def __init__(
@@ -92,20 +98,35 @@ class NodeHead(LorentzHead):
         normalize: Normalize = "layer",
         linear: bool = True,
         radii: tuple[float, ...] = DEPTH_RADII,
+        known: int = 0,
     ) -> None:
         super().__init__(in_features, dim, normalize=normalize, linear=linear)
         low, high = RADIUS_BOUNDS
+        self.offsets = nn.Parameter(torch.zeros(known, dim)) if known else None
         self.radii = nn.ModuleList(BoundedScalar(r, low * r, high * r) for r in radii)
 
-    def place(self, features: Tensor, depth: Tensor, c: Tensor, space: str = "lorentz") -> Tensor:
-        """Space components [N, D] of nodes with mean phrase features [N, E] and depth [N] >= 1.
+    def place(
+        self,
+        features: Tensor,
+        depth: Tensor,
+        c: Tensor,
+        space: str = "lorentz",
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Space components [N, D] of nodes.
 
-        Nodes deeper than the head knows take the deepest radius.
+        Args:
+            features: mean phrase features [N, E]. depth: [N], >= 1; nodes deeper than the head
+                knows take the deepest radius.
+            rows: [N], which offset belongs to a node, -1 for none; None for none at all.
         """
         with torch.autocast(features.device.type, enabled=False):
             table = torch.stack([r() for r in self.radii])
             radius = table[(depth - 1).clamp(0, len(self.radii) - 1)]
             direction = F.normalize(self.tangent(features), dim=-1)
+            if rows is not None and self.offsets is not None:
+                known = self.offsets.float()[rows.clamp_min(0)] * (rows >= 0)[:, None]
+                direction = F.normalize(direction + known, dim=-1)
             if space == "lorentz":  # the aperture depends on sqrt(c) * radius alone
                 radius = radius / c.sqrt()
             return get_space(space).exp_map0(direction * radius[:, None], c)

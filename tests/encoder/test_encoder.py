@@ -156,3 +156,45 @@ def test_damaged_weights_are_named(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "surprise": 1}))
     with pytest.raises(ModelError, match="not a hysafe config"):
         HyperbolicEncoder.load_directory(tmp_path)
+
+
+def test_offsets_move_known_nodes_only() -> None:
+    from hysafe.encoder import mini_architecture
+    from hysafe.encoder.model import bank_hash
+
+    banks = [("guns for sale", "weapons"), ("a new risk",)]
+    encoder = HyperbolicEncoder(
+        mini_architecture("resnet10t", image_size=32, lora_rank=0), dim=16,
+        known_nodes=[bank_hash(banks[0])],
+    )  # fmt: skip
+    features, depth = encoder.node_features(banks), torch.tensor([2, 2])
+    plain = encoder.place_nodes(features, depth).space
+    assert torch.equal(encoder.place_nodes(features, depth, banks).space, plain)
+    with torch.no_grad():
+        encoder.node_head.offsets.add_(0.5)
+    moved = encoder.place_nodes(features, depth, banks)
+    assert not torch.allclose(moved.space[0], plain[0], atol=1e-3)
+    assert torch.equal(moved.space[1], plain[1])
+    radius = moved.radius()
+    assert torch.allclose(radius[0], radius[1], atol=1e-5)
+
+
+def test_saved_text_layers_come_back(tmp_path: Path) -> None:
+    from hysafe.encoder import mini_architecture
+
+    encoder = HyperbolicEncoder(
+        mini_architecture("resnet10t", image_size=32, lora_rank=0, text_layers=2), dim=16
+    )
+    learning = {n for n, p in encoder.towers.text_module.named_parameters() if p.requires_grad}
+    assert {n.split("layer.")[1][0] for n in learning} == {"4", "5"}
+    with torch.no_grad():
+        for p in encoder.towers.text_module.parameters():
+            if p.requires_grad and p.ndim > 1:
+                p.mul_(1.25)  # exact in bf16 it is not; close it is
+    encoder.save_directory(tmp_path, tower_dtype=torch.bfloat16)
+    again = HyperbolicEncoder.load_directory(tmp_path)
+    texts = ["a quiet street", "two"]
+    assert torch.allclose(
+        again.text_features(texts), encoder.eval().text_features(texts), atol=0.02
+    )
+    assert (tmp_path / "model.safetensors").stat().st_size < 20e6
