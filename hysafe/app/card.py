@@ -38,6 +38,8 @@ __all__ = ["evaluate_card", "fit_calibration"]
 
 # The share of safe sentences rated unsafe is reported at the threshold of the product.
 THRESHOLD = 0.5
+FUNCTIONAL_RECALL = 0.85
+LOOK_ALIKES = ("homonym", "figurative", "safe_target", "safe_context")
 LOGISTIC_C = (0.1, 1.0, 10.0, 100.0)
 
 
@@ -109,7 +111,7 @@ def fit_calibration(model: SafetyModel, data: EmbedData) -> Calibration:
     """
     table, apexes = model.place(model.view())
     scale = model.encoder.cone_scale_value
-    texts = _Texts(contrast_set("validation"))
+    texts = _core("validation")
     margins = model.encode_text(texts.texts).margin(apexes)
     scores = score_margins(margins, table, scale=scale)
     slope, offset = fit_platt(scores.evidence, texts.unsafe)
@@ -151,19 +153,24 @@ def _channel_calibration(
 def text_figures(model: SafetyModel) -> dict[str, float]:
     """Figures on the contrast test split."""
     table, apexes = model.place(model.view())
-    texts = _Texts(contrast_set("test"))
-    points = model.encode_text(texts.texts)
-    margins = points.margin(apexes)
     fit = model.calibration.channel("text")
-    scores = score_margins(
-        margins, table, scale=model.encoder.cone_scale_value, slope=fit.slope,
-        offset=fit.offset, temperature=fit.temperature,
-    )  # fmt: skip
+
+    def judge(texts: _Texts) -> tuple[Tensor, LeafScores]:
+        margins = model.encode_text(texts.texts).margin(apexes)
+        return margins, score_margins(
+            margins, table, scale=model.encoder.cone_scale_value, slope=fit.slope,
+            offset=fit.offset, temperature=fit.temperature,
+        )  # fmt: skip
+
+    texts = _core("test")
+    margins, scores = judge(texts)
     leaves = table.leaves[table.risk]
     best = [table.ids[int(leaves[i])] for i in scores.nodes[texts.unsafe][:, leaves].argmax(-1)]
     inside = margins[texts.unsafe] > 0
     position = [table.index[c] for c in texts.categories()]
-    figures = _text_figures(texts, scores.evidence, best, model.taxonomy.parents)
+    domain = [i for i, n in enumerate(table.ids) if n.startswith("D")]
+    above = [table.ids[domain[i]] for i in scores.nodes[texts.unsafe][:, domain].argmax(-1)]
+    figures = _text_figures(texts, scores.evidence, best, above, model.taxonomy.parents)
     figures["text in its category's cone"] = float(
         inside[range(len(position)), position].float().mean()
     )
@@ -177,11 +184,57 @@ def text_figures(model: SafetyModel) -> dict[str, float]:
         )  # fmt: skip
         figures["false alarms, feared words"] = float(over[hard].float().mean())
         figures["recall, risky sentences"] = float(over[texts.unsafe].float().mean())
+    validation = _core("validation")
+    _, known = judge(validation)
+    functional = _Texts([s for s in contrast_set("test") if s.extra["functionality"]])
+    _, probed = judge(functional)
+    figures.update(
+        functional_figures(
+            known.evidence[validation.unsafe], scores.evidence[texts.unsafe], probed.evidence,
+            functional,
+        )
+    )  # fmt: skip
     return figures
 
 
+def functional_figures(
+    validation_risky: Tensor, test_risky: Tensor, evidence: Tensor, functional: _Texts
+) -> dict[str, float]:
+    """False alarms on harmless look-alikes at the threshold of 0.85 recall on validation.
+
+    Args:
+        validation_risky, test_risky: evidence of the risky sentences of the two splits.
+        evidence: of the functional sentences of the test split.
+    """
+    threshold = torch.quantile(validation_risky.float(), 1 - FUNCTIONAL_RECALL)
+    names = [str(s.extra["functionality"]) for s in functional.samples]
+    over = evidence >= threshold
+    alike = torch.tensor([n in LOOK_ALIKES for n in names])
+    safe = ~functional.unsafe
+    return {
+        "recall at the threshold of 0.85 validation recall": float(
+            (test_risky >= threshold).float().mean()
+        ),
+        "its false alarms, homonyms and figures of speech": float(over[alike].float().mean()),
+        "its false alarms, all harmless functionalities": float(over[safe].float().mean()),
+        "its recall, risky functionalities": float(over[~safe].float().mean()),
+        "functionalities AUROC": float(
+            binary_auroc(evidence.float(), functional.unsafe.long())
+        ),
+    }  # fmt: skip
+
+
+def _core(split: str) -> _Texts:
+    """Pairs and background of a split; the functionalities have figures of their own."""
+    return _Texts([s for s in contrast_set(split) if not s.extra["functionality"]])
+
+
 def _text_figures(
-    texts: _Texts, evidence: Tensor, best: list[str], parents: dict[str, str | None]
+    texts: _Texts,
+    evidence: Tensor,
+    best: list[str],
+    domains: list[str],
+    parents: dict[str, str | None],
 ) -> dict[str, float]:
     truth = texts.categories()
     tree = {k: v for k, v in parents.items()}
@@ -192,9 +245,7 @@ def _text_figures(
             binary_average_precision(evidence.float(), texts.unsafe.long())
         ),
         "category top-1 of 45": sum(a == b for a, b in zip(best, truth, strict=True)) / len(truth),
-        "domain top-1 of 12": sum(
-            parents[a] == parents[b] for a, b in zip(best, truth, strict=True)
-        )
+        "domain top-1 of 12": sum(a == parents[b] for a, b in zip(domains, truth, strict=True))
         / len(truth),
         "category tree-induced error": scores.tree_induced_error,
         "category hierarchical precision": scores.precision,
@@ -276,7 +327,9 @@ def logistic_figures() -> dict[str, float]:
     except ImportError as error:
         raise ConfigError("the baseline needs scikit-learn: pip install 'hysafe[test]'") from error
     model = _untrained_lift()
-    splits = {s: _Texts(contrast_set(s)) for s in ("train", "validation", "test")}
+    splits = {s: _core(s) for s in ("train", "validation", "test")}
+    functional = _Texts([s for s in contrast_set("test") if s.extra["functionality"]])
+    splits["functional"] = functional
     x = {
         s: F.normalize(model.encoder.text_features(t.texts), dim=-1).cpu().numpy()
         for s, t in splits.items()
@@ -302,8 +355,27 @@ def logistic_figures() -> dict[str, float]:
 
     chosen = best(binary, auroc)
     evidence = torch.tensor(chosen.decision_function(x["test"]))
-    predicted = list(best(categories, accuracy).predict(x["test"][y["test"]]))
-    return _text_figures(splits["test"], evidence, predicted, model.taxonomy.parents)
+    by_category = best(categories, accuracy)
+    share = torch.tensor(by_category.predict_proba(x["test"][y["test"]]))
+    names = [str(n) for n in by_category.classes_]
+    above = [str(model.taxonomy.parents[n]) for n in names]
+    domains = sorted(set(above))
+    pooled = torch.stack(
+        [share[:, torch.tensor([a == d for a in above])].sum(-1) for d in domains], dim=-1
+    )
+    figures = _text_figures(
+        splits["test"], evidence, [names[i] for i in share.argmax(-1)],
+        [domains[i] for i in pooled.argmax(-1)], model.taxonomy.parents,
+    )  # fmt: skip
+    known, probed = (
+        torch.tensor(chosen.decision_function(x[s])) for s in ("validation", "functional")
+    )
+    figures.update(
+        functional_figures(
+            known[splits["validation"].unsafe], evidence[splits["test"].unsafe], probed, functional
+        )
+    )
+    return figures
 
 
 # ---------------------------------------------------------------- output

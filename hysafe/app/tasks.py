@@ -134,6 +134,20 @@ class EncoderTask(L.LightningModule):
                 values[f"saturated/{short}"] = float(module.saturated)
         return values
 
+    def text_features(self, texts: list[str]) -> Tensor:
+        """Features [B, E]; short and long texts apart, so that short ones are not padded."""
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        features = []
+        for half in (order[: len(order) // 2], order[len(order) // 2 :]):
+            if not half:
+                continue
+            tokens = self.encoder.towers.tokenize([texts[i] for i in half], limit=TRAIN_TOKENS)
+            features.append(self.encoder.towers.encode_text(tokens.to(self.device)).float())
+        joined = torch.cat(features)
+        back = torch.empty_like(joined)
+        back[torch.tensor(order, device=joined.device)] = joined
+        return back
+
     def log_terms(self, terms: dict[str, Tensor]) -> None:
         """Every loss term by name."""
         self.log_dict({f"train/{k}": v.detach() for k, v in terms.items()})
@@ -161,6 +175,7 @@ class TaxonomyTask(EncoderTask):
         phrases: at most this many phrases a node (quick runs); all when None.
         init_from: folder of an earlier stage's export to start from.
         image_from: folder of an export whose image tower alone is taken (ImageTowerTask).
+        text_from: folder of an export whose text layers alone are taken (TextTowerTask).
         freeze_image: keep the image tower as it is (a later stage: adapter and heads only).
         train_sizes: [[share of training from which on, side], ...]: smaller pictures first.
         refresh_every: steps between re-encodings of all phrases (nodes, classes, hypernyms); in
@@ -187,6 +202,7 @@ class TaxonomyTask(EncoderTask):
         phrases: int | None = None,
         init_from: str | None = None,
         image_from: str | None = None,
+        text_from: str | None = None,
         freeze_image: bool = False,
         train_sizes: list[list[float]] = [[0.0, 64]],  # noqa: B006 - read only
         refresh_every: int = 400,
@@ -224,7 +240,9 @@ class TaxonomyTask(EncoderTask):
                 )
             self.encoder.towers.lock_text()
         if image_from is not None:
-            self.encoder.towers.take_image_tower(image_from)
+            self.encoder.towers.take(image_from, "visual")
+        if text_from is not None:
+            self.encoder.towers.take(text_from, "text")
         self.freeze_image = freeze_image
         if freeze_image:
             self.encoder.towers.model.visual.requires_grad_(False)
@@ -312,7 +330,9 @@ class TaxonomyTask(EncoderTask):
         image = encoder.lift("image", features).space
         spoken = self.global_step % self.text_every == 0
         if spoken:
-            text = encoder.lift("text", self._text_features(texts["texts"])).space
+            spoken_features = self.text_features(texts["texts"])
+            spoken_features = F.dropout(spoken_features, self.text_dropout, self.training)
+            text = encoder.lift("text", spoken_features).space
         nodes = encoder.place_nodes(self._node_features, self._leaves.depth, self._node_banks).space
         terms = self._image_terms(image, pictures["classes"], c)
         terms["classifier"] = F.cross_entropy(
@@ -346,20 +366,6 @@ class TaxonomyTask(EncoderTask):
         if self.global_step % self.monitor_every == 0:
             self.log_dict({**self.monitor_scalars(), **self.monitor_tree(nodes, c)})
         return loss
-
-    def _text_features(self, texts: list[str]) -> Tensor:
-        """Features [B, E]; short and long texts apart, so that short ones are not padded."""
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        features = []
-        for half in (order[: len(order) // 2], order[len(order) // 2 :]):
-            if not half:
-                continue
-            tokens = self.encoder.towers.tokenize([texts[i] for i in half], limit=TRAIN_TOKENS)
-            features.append(self.encoder.towers.encode_text(tokens.to(self.device)).float())
-        joined = torch.cat(features)
-        back = torch.empty_like(joined)
-        back[torch.tensor(order, device=joined.device)] = joined
-        return F.dropout(back, self.text_dropout, self.training)
 
     def _image_terms(self, image: Tensor, classes: Tensor, c: Tensor) -> dict[str, Tensor]:
         encoder = self.encoder
@@ -442,8 +448,6 @@ class TaxonomyTask(EncoderTask):
     @torch.no_grad()
     def validate_quickly(self) -> dict[str, float]:
         """Top-1 of the pictures by distance; AUROC and category top-1 of the contrast split."""
-        from torchmetrics.functional.classification import binary_auroc
-
         data, encoder, values = self._data(), self.encoder, {}
         encoder.eval()
         self.refresh()
@@ -463,18 +467,27 @@ class TaxonomyTask(EncoderTask):
         items = encoder.lift("text", features)
         nodes = encoder.place_nodes(self._node_features, self._leaves.depth, self._node_banks)
         logits = items.margin(nodes)[:, self._leaves.leaf_nodes] * self.encoder.cone_scale()
-        risky = self._leaves.risky.to(logits.device)
-        evidence = logits[:, risky].logsumexp(-1) - logits[:, ~risky].logsumexp(-1)
-        unsafe = torch.tensor([not s.safe for s in samples], device=logits.device)
-        values["validation/auroc"] = float(binary_auroc(evidence, unsafe.long()))
-        if unsafe.any():
-            ids = [self._leaves.leaves[i] for i in risky.nonzero()[:, 0].tolist()]
-            best = logits[unsafe][:, risky].argmax(-1).tolist()
-            truth = [s.nodes[0] for s in samples if not s.safe]
-            hits = sum(ids[b] == t for b, t in zip(best, truth, strict=True))
-            values["validation/category_top1"] = hits / len(truth)
+        values.update(text_validation(logits, data))
         encoder.train()
         return values
+
+
+def text_validation(logits: Tensor, data: EmbedData) -> dict[str, float]:
+    """AUROC and category top-1 of the validation texts from logits over the leaves [B, L]."""
+    from torchmetrics.functional.classification import binary_auroc
+
+    samples, leaves = data.validation_texts, data.leaves
+    risky = leaves.risky.to(logits.device)
+    evidence = logits[:, risky].logsumexp(-1) - logits[:, ~risky].logsumexp(-1)
+    unsafe = torch.tensor([not s.safe for s in samples], device=logits.device)
+    values = {"validation/auroc": float(binary_auroc(evidence, unsafe.long()))}
+    if unsafe.any():
+        ids = [leaves.leaves[i] for i in risky.nonzero()[:, 0].tolist()]
+        best = logits[unsafe][:, risky].argmax(-1).tolist()
+        truth = [s.nodes[0] for s in samples if not s.safe]
+        hits = sum(ids[b] == t for b, t in zip(best, truth, strict=True))
+        values["validation/category_top1"] = hits / len(truth)
+    return values
 
 
 class PresetTask(EncoderTask):

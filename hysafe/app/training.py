@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
 from hysafe.app.image_task import ImageTowerTask  # noqa: F401 - subclasses by name
 from hysafe.app.tasks import EncoderTask, PresetTask, TaxonomyTask  # noqa: F401
-from hysafe.errors import ConfigError
+from hysafe.app.text_task import TextTowerTask  # noqa: F401
 
 __all__ = ["ExportModel", "RunRecord", "embed_main"]
 
@@ -70,25 +70,20 @@ class EmbedCLI(LightningCLI):
         parser.set_defaults({"trainer.enable_checkpointing": True})
         parser.add_argument(
             "--before",
-            type=str | None,
-            default=None,
-            help="config of an earlier stage, run first unless its export exists",
+            type=dict[str, str],
+            default={},
+            help="config of each earlier stage and its export; run first unless that exists",
         )
 
     def before_instantiate_classes(self) -> None:
-        """Run the stage that this one starts from, where it has not been run."""
+        """Run the stages that this one starts from, where they have not been run."""
         settings = self.config[self.subcommand] if self.subcommand else self.config
-        if settings.get("before") is None:
-            return
-        options = settings.model.init_args
-        needed = options.get("image_from") or options.get("init_from")
-        if needed is None:
-            raise ConfigError("`before` needs image_from or init_from, the stage's export.")
-        if (Path(needed) / "model.safetensors").is_file():
-            log.info("%s is there: %s is not run again", needed, settings.before)
-            return
-        log.info("first %s, which makes %s", settings.before, needed)
-        embed_main(["fit", "--config", settings.before])
+        for config, needed in settings.before.items():
+            if (Path(needed) / "model.safetensors").is_file():
+                log.info("%s is there: %s is not run again", needed, config)
+                continue
+            log.info("first %s, which makes %s", config, needed)
+            embed_main(["fit", "--config", config])
         self._set_seed()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

@@ -13,13 +13,15 @@ from hysafe.types import Sample
 __all__ = ["SPLITS", "contrast_set"]
 
 SPLITS = ("train", "validation", "test")
+EXTRA = ("split", "side", "register", "node", "concept", "functionality")
 
 
 def contrast_set(split: str | Sequence[str] = SPLITS) -> list[Sample]:
     """Sentences of one split or several.
 
     Pairs are never split. A benign side has the node of its category's benign sibling
-    (``S.6.1``) among its candidates; background sentences may lie in any harmless node.
+    (``S.6.1``) among its candidates; background sentences and the harmless ones of a functionality may lie in
+    any harmless node.
 
     Raises:
         ConfigError: unknown split.
@@ -36,7 +38,8 @@ def contrast_set(split: str | Sequence[str] = SPLITS) -> list[Sample]:
             if row["split"] not in wanted:
                 continue
             risky = row["side"] == "risky"
-            if row["node"] is None:
+            functional = row.get("functionality")
+            if row["node"] is None or (functional and not risky):
                 nodes: tuple[str, ...] = (SAFE,)
             else:
                 nodes = (row["node"],) if risky else (f"S.{row['node']}",)
@@ -49,7 +52,7 @@ def contrast_set(split: str | Sequence[str] = SPLITS) -> list[Sample]:
                     nodes,
                     not risky,
                     row["pair"],
-                    {k: row[k] for k in ("split", "side", "register", "node", "concept")},
+                    {k: row.get(k) for k in EXTRA},
                 )
             )
     return samples

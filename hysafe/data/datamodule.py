@@ -35,7 +35,8 @@ HELD_OUT_SHARE = 0.05
 # How often a batch draws from each source; the rest of the permissive sets share `other`.
 TEXT_WEIGHTS = {
     "contrast": 0.52,
-    "background": 0.12,
+    "functional": 0.06,
+    "background": 0.06,
     "phrases": 0.08,
     "edos": 0.05,
     "catqa": 0.04,
@@ -177,9 +178,10 @@ class EmbedData(L.LightningDataModule):
         self._ready = True
 
     def _read_texts(self) -> None:
-        train: dict[str, list[Sample]] = {"contrast": [], "background": []}
+        train: dict[str, list[Sample]] = {"contrast": [], "background": [], "functional": []}
         for s in contrast_set("train"):
-            train["background" if s.pair is None else "contrast"].append(s)
+            kind = "contrast" if s.pair else "functional" if s.extra["functionality"] else "background"
+            train[kind].append(s)
         train["phrases"] = [
             Sample(f"phrase-{n.id}-{i}", "phrases", phrase, None, (n.id,), not n.risky, None,
                    {"concept": n.id} if n.kind == "concept" else {})
@@ -205,7 +207,8 @@ class EmbedData(L.LightningDataModule):
         self.draw_weights = torch.tensor(
             [share[k] / len(v) for k, v in train.items() for _ in v], dtype=torch.double
         )
-        self.validation_texts = contrast_set("validation")[: self.limit]
+        core = [s for s in contrast_set("validation") if not s.extra["functionality"]]
+        self.validation_texts = core[: self.limit]
 
     def _read_pictures(self) -> None:
         size, rng = self.image_size, random.Random(self.seed)

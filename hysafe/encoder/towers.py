@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -239,8 +239,11 @@ class Towers(nn.Module):
         first = MINILM_LAYERS - int(self.architecture.get("text_layers", 0))
         return layer is not None and int(layer[1]) >= first
 
-    def take_image_tower(self, folder: str | Path) -> None:
-        """Take the image tower's weights from a saved hysafe directory.
+    def take(self, folder: str | Path, part: Literal["visual", "text"]) -> None:
+        """Take one tower's weights from a saved hysafe directory.
+
+        Args:
+            part: ``visual``, the image tower; ``text``, the layers of MiniLM that are saved whole.
 
         Raises:
             ModelError: no such directory, or another tower.
@@ -250,22 +253,22 @@ class Towers(nn.Module):
         file = Path(folder) / "model.safetensors"
         if not file.is_file():
             raise ModelError(
-                f"{folder}: no image tower there. Train it first, e.g. python train_embed.py fit "
-                "--config configs/embed/mini_image.yaml"
+                f"{folder}: no tower there. Train it first, e.g. python train_embed.py fit "
+                "--config configs/embed/mini_image.yaml (or mini_text.yaml)."
             )
-        prefix = "towers.model.visual."
-        visual = self.model.visual
-        target = visual.state_dict()
+        prefix = f"model.{part}."
+        target = {k: v for k, v in self.own_state().items() if k.startswith(prefix)}
         with safe_open(file, "pt") as weights:
             state = {
-                k.removeprefix(prefix): weights.get_tensor(k)
+                k.removeprefix("towers."): weights.get_tensor(k)
                 for k in weights.keys()  # noqa: SIM118 - safe_open is no mapping
-                if k.startswith(prefix)
+                if k.startswith(f"towers.{prefix}")
             }
-        if set(state) != set(target):
-            raise ModelError(f"{folder}: its image tower is not the one of this config.")
+        if set(state) != set(target) or not target:
+            raise ModelError(f"{folder}: its {part} tower is not the one of this config.")
         # scalars are stored with one dimension
-        visual.load_state_dict({k: v.reshape(target[k].shape) for k, v in state.items()})
+        state = {k: v.reshape(target[k].shape) for k, v in state.items()}
+        self.load_state_dict(state, strict=False)
 
     def _add_lora(self, rank: int) -> None:
         from peft import LoraConfig, get_peft_model

@@ -107,8 +107,8 @@ def test_crops_keep_range_and_shape() -> None:
     assert torch.allclose(flat, torch.full_like(flat, 7.0), atol=1e-4)
 
 
-def test_the_image_stage_runs_first_and_once(tmp_path: Path) -> None:
-    """A config with `before` trains the image tower where its export is missing, then goes on."""
+def test_earlier_stages_run_first_and_once(tmp_path: Path) -> None:
+    """A config with `before` trains the towers where their exports are missing, then goes on."""
     tiny = yaml.safe_load((CONFIGS / "tiny.yaml").read_text())
     tiny["trainer"].pop("logger")
     tiny["trainer"].update(logger=False, enable_progress_bar=False, enable_model_summary=False)
@@ -118,10 +118,20 @@ def test_the_image_stage_runs_first_and_once(tmp_path: Path) -> None:
         "init_args": {"image_tower": "resnet10t", "image_size": 32, "dim": 16},
     }
     (tmp_path / "image.yaml").write_text(yaml.safe_dump(first))
-    second = {**tiny, "before": str(tmp_path / "image.yaml")}
+    third = {**tiny, "trainer": {**tiny["trainer"], "default_root_dir": str(tmp_path / "text")}}
+    third["model"] = {
+        "class_path": "hysafe.app.text_task.TextTowerTask",
+        "init_args": {"image_tower": "resnet10t", "image_size": 32, "dim": 16, "text_layers": 2},
+    }
+    (tmp_path / "text.yaml").write_text(yaml.safe_dump(third))
+    second = {**tiny, "before": {
+        str(tmp_path / f"{stage}.yaml"): str(tmp_path / stage / "model")
+        for stage in ("image", "text")
+    }}  # fmt: skip
     second["trainer"] = {**tiny["trainer"], "default_root_dir": str(tmp_path / "heads")}
     second["model"] = {**tiny["model"], "init_args": {
         **tiny["model"]["init_args"], "image_from": str(tmp_path / "image/model"),
+        "text_from": str(tmp_path / "text/model"),
         "freeze_image": True, "lora_rank": 0, "text_layers": 2, "node_offsets": True,
     }}  # fmt: skip
     (tmp_path / "heads.yaml").write_text(yaml.safe_dump(second))
