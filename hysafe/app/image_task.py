@@ -7,6 +7,7 @@ heads, nodes and losses and not two trainings of a convolutional network.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,11 +17,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hysafe.app.tasks import EncoderTask, random_resized_crop_flip
 from hysafe.data.datamodule import EmbedData
+from hysafe.encoder import Towers
 from hysafe.errors import ConfigError
 
-__all__ = ["ImageTowerTask", "ancestor_cross_entropy", "colour_jitter"]
+__all__ = ["ImageTowerTask", "ancestor_cross_entropy", "colour_jitter", "recalibrate_norms"]
 
 log = logging.getLogger(__name__)
+
+# Pictures that the batch-norm statistics of the export are estimated on.
+NORM_PICTURES = 8192
 
 
 class ImageTowerTask(EncoderTask):
@@ -132,12 +137,49 @@ class ImageTowerTask(EncoderTask):
         )
 
     def on_train_end(self) -> None:
-        """The averaged weights are the ones that are exported."""
-        self.encoder.towers.model.visual.load_state_dict(self._averaged()[0].state_dict())
+        """The averaged weights are the ones that are exported, with statistics of whole pictures."""
+        towers = self.encoder.towers
+        towers.model.visual.load_state_dict(self._averaged()[0].state_dict())
+        pictures = self._data().train_pictures
+        order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))
+        batches = (
+            pictures[chunk.tolist()]["pixels"].to(self.device)
+            for chunk in order[:NORM_PICTURES].split(256)
+        )
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            recalibrate_norms(towers, batches)
 
     def _averaged(self) -> tuple[nn.Module, nn.Module]:
         visual, classifier = self.average.module.children()
         return visual.eval(), classifier
+
+
+@torch.no_grad()
+def recalibrate_norms(towers: Towers, batches: Iterable[Tensor]) -> None:
+    """Estimate the image tower's batch-norm statistics anew on whole pictures.
+
+    Random crops show things larger than whole pictures do, and the running statistics are those of
+    the crops: without this step a small tower loses two points of top-1 on whole pictures.
+
+    Args:
+        towers: its image tower is left in evaluation mode.
+        batches: pixels [B, 3, S, S] in [0, 255], not augmented.
+
+    Source: Touvron et al. 2019, "Fixing the train-test resolution discrepancy".
+    """
+    norms = [
+        m for m in towers.model.visual.modules() if isinstance(m, nn.modules.batchnorm._NormBase)
+    ]
+    momenta = [m.momentum for m in norms]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # a plain mean over the batches
+    towers.model.visual.train()
+    for pixels in batches:
+        towers.encode_image(pixels)
+    towers.model.visual.eval()
+    for m, momentum in zip(norms, momenta, strict=True):
+        m.momentum = momentum
 
 
 def _classify(classifier: nn.Module, features: Tensor) -> Tensor:

@@ -181,7 +181,7 @@ class TaxonomyTask(EncoderTask):
         refresh_every: steps between re-encodings of all phrases (nodes, classes, hypernyms); in
             between the head moves and the tower's phrase features stand still.
         monitor_every: steps between the geometry monitors.
-        augment: crops and flips.
+        augment: crops and flips. crop: least share of the area that a crop keeps.
     """
 
     _node_features: Tensor
@@ -208,6 +208,7 @@ class TaxonomyTask(EncoderTask):
         refresh_every: int = 400,
         monitor_every: int = 200,
         augment: bool = True,
+        crop: float = 0.45,
         image_tower: str | None = "resnet18",
         open_clip: str | None = None,
         image_size: int = 64,
@@ -248,7 +249,7 @@ class TaxonomyTask(EncoderTask):
             self.encoder.towers.model.visual.requires_grad_(False)
         self.text_dropout, self.text_every, self.phrases = text_dropout, text_every, phrases
         self.classifier_weight = classifier_weight
-        self.train_sizes, self.augment = train_sizes, augment
+        self.train_sizes, self.augment, self.crop = train_sizes, augment, crop
         self.refresh_every, self.monitor_every = refresh_every, monitor_every
 
     # ------------------------------------------------------------ set-up
@@ -416,7 +417,7 @@ class TaxonomyTask(EncoderTask):
         x = pixels.float()
         if not self.augment:
             return x if size == x.shape[-1] else F.interpolate(x, size=size, mode="area")
-        return random_resized_crop_flip(x, size)
+        return random_resized_crop_flip(x, size, scale=(self.crop, 1.0))
 
     # ------------------------------------------------------------ monitors
 
