@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ __all__ = ["evaluate_card", "fit_calibration"]
 # The share of safe sentences rated unsafe is reported at the threshold of the product.
 THRESHOLD = 0.5
 FUNCTIONAL_RECALL = 0.85
+BLOCK, BLOCK_END = "<!-- figures: card -->", "<!-- end -->"
 LOOK_ALIKES = ("homonym", "figurative", "safe_target", "safe_context")
 LOGISTIC_C = (0.1, 1.0, 10.0, 100.0)
 
@@ -68,6 +70,7 @@ def evaluate_card(
     data: str | None = None,
     fit: bool = False,
     out: Path | None = None,
+    pages: Sequence[Path] = (),
 ) -> int:
     """Print the card's table; write ``card.json`` and ``card.md`` into `out`.
 
@@ -75,6 +78,8 @@ def evaluate_card(
         name: model to evaluate. control: its Euclidean control, a folder.
         data: development data; HYSAFE_DATA by default.
         fit: fit the calibration of the model (and control) first and store it in the folder.
+        pages: Markdown files whose blocks between ``<!-- figures: card -->`` and ``<!-- end -->``
+            are replaced by the table and its setting.
     """
     module = EmbedData(data_dir=data)
     module.setup()
@@ -95,6 +100,8 @@ def evaluate_card(
     card = {"figures": rows, "setting": _setting(name, control)}
     table = _markdown(rows)
     print(table)
+    for page in pages:
+        write_block(page, table, card["setting"])
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "card.json").write_text(json.dumps(card, indent=1, sort_keys=True) + "\n")
@@ -398,6 +405,21 @@ def _setting(name: str, control: str | None) -> dict[str, Any]:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
     }
+
+
+def write_block(page: Path, table: str, setting: Mapping[str, Any]) -> None:
+    """Replace the figures of a Markdown page, with the setting that made them.
+
+    Raises:
+        ConfigError: the page has no such block.
+    """
+    text = page.read_text("utf-8")
+    start, end = text.find(BLOCK), text.find(BLOCK_END)
+    if start < 0 or end < start:
+        raise ConfigError(f"{page}: no block between {BLOCK} and {BLOCK_END}.")
+    lines = [f"- {k}: `{v}`" for k, v in setting.items()]
+    block = f"{BLOCK}\n{table}\n\n" + "\n".join(lines) + "\n"
+    page.write_text(text[:start] + block + text[end:], "utf-8")
 
 
 def _markdown(rows: dict[str, dict[str, float]]) -> str:
