@@ -13,9 +13,9 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import torch
-from torchmetrics.functional.classification import binary_auroc
 
 from hysafe.data.contrast import contrast_set
+from hysafe.evaluate.metrics import detection
 from hysafe.types import Sample
 
 GRAM = 5
@@ -39,17 +39,21 @@ def main() -> None:
     test = [s for s in samples if s.extra["split"] == "test"]
     core = [s for s in test if not s.extra["functionality"]]
     for title, part in (("test split", core), ("with functionalities", test)):
-        unsafe = torch.tensor([not s.safe for s in part]).long()
+        unsafe = torch.tensor([not s.safe for s in part])
         length = torch.tensor([float(len(words(s))) for s in part])
         share: dict[str, list[bool]] = defaultdict(list)
         for s in samples:
             if s.extra["split"] == "train":
                 share[str(s.extra["register"])].append(not s.safe)
         register = torch.tensor([np.mean(share[str(s.extra["register"])]) for s in part]).float()
-        print(f"{title}: length-only AUROC {float(binary_auroc(length, unsafe)):.3f}, "
-              f"register-only AUROC {float(binary_auroc(register, unsafe)):.3f}")  # fmt: skip
+        print(f"{title}: length-only AUROC {auroc(length, unsafe):.3f}, "
+              f"register-only AUROC {auroc(register, unsafe):.3f}")  # fmt: skip
     if a.data != "-":
         print(f"source-only AUROC on the test split: {source_only(core, a.data):.3f}")
+
+
+def auroc(evidence: torch.Tensor, unsafe: torch.Tensor) -> float:
+    return detection(evidence[~unsafe], evidence[unsafe]).auroc
 
 
 def words(sample: Sample) -> list[str]:
@@ -109,8 +113,8 @@ def source_only(part: list[Sample], data: str | None) -> float:
     fit = LogisticRegression(C=1.0, max_iter=2000).fit(features.numpy(), labels)
     probe = model.encoder.text_features([str(s.text) for s in part])
     evidence = fit.decision_function(torch.nn.functional.normalize(probe, dim=-1).numpy())
-    unsafe = torch.tensor([not s.safe for s in part]).long()
-    return float(binary_auroc(torch.tensor(evidence), unsafe))
+    unsafe = torch.tensor([not s.safe for s in part])
+    return auroc(torch.tensor(evidence), unsafe)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 from hysafe.app.pipeline import SafetyModel, load
 from hysafe.data.contrast import contrast_set
@@ -22,6 +21,7 @@ from hysafe.encoder.model import HyperbolicEncoder
 from hysafe.encoder.pretrained import LIFT_CONE_SCALE, LIFT_RADIUS, resolve_folder
 from hysafe.encoder.towers import mini_architecture
 from hysafe.errors import ConfigError
+from hysafe.evaluate.metrics import detection
 from hysafe.geometry import Points
 from hysafe.score.calibration import (
     Calibration,
@@ -225,9 +225,7 @@ def functional_figures(
         "its false alarms, homonyms and figures of speech": float(over[alike].float().mean()),
         "its false alarms, all harmless functionalities": float(over[safe].float().mean()),
         "its recall, risky functionalities": float(over[~safe].float().mean()),
-        "functionalities AUROC": float(
-            binary_auroc(evidence.float(), functional.unsafe.long())
-        ),
+        "functionalities AUROC": detection(evidence[safe], evidence[~safe]).auroc,
     }  # fmt: skip
 
 
@@ -246,11 +244,10 @@ def _text_figures(
     truth = texts.categories()
     tree = {k: v for k, v in parents.items()}
     scores = metrics.hierarchical_scores(tree, best, truth)
+    found = detection(evidence[~texts.unsafe], evidence[texts.unsafe])
     return {
-        "text AUROC": float(binary_auroc(evidence.float(), texts.unsafe.long())),
-        "text average precision": float(
-            binary_average_precision(evidence.float(), texts.unsafe.long())
-        ),
+        "text AUROC": found.auroc,
+        "text average precision": found.aupr,
         "category top-1 of 45": sum(a == b for a, b in zip(best, truth, strict=True)) / len(truth),
         "domain top-1 of 12": sum(a == parents[b] for a, b in zip(domains, truth, strict=True))
         / len(truth),
@@ -285,7 +282,9 @@ def picture_figures(model: SafetyModel, data: EmbedData) -> dict[str, float]:
         "picture tree-induced error": scores.tree_induced_error,
         "picture hierarchical precision": scores.precision,
         "picture hierarchical recall": scores.recall,
-        "picture risk AUROC (weak labels)": float(binary_auroc(judged.evidence, unsafe.long())),
+        "picture risk AUROC (weak labels)": detection(
+            judged.evidence[~unsafe], judged.evidence[unsafe]
+        ).auroc,
     }
     if model.calibration.fitted:
         figures["picture ECE"] = expected_calibration_error(judged.p_unsafe, unsafe)
@@ -355,7 +354,8 @@ def logistic_figures() -> dict[str, float]:
 
     def auroc(m: Any) -> float:
         evidence = torch.tensor(m.decision_function(x["validation"]))
-        return float(binary_auroc(evidence, torch.tensor(y["validation"]).long()))
+        unsafe = torch.tensor(y["validation"])
+        return detection(evidence[~unsafe], evidence[unsafe]).auroc
 
     def accuracy(m: Any) -> float:
         return float(m.score(x["validation"][y["validation"]], z["validation"]))

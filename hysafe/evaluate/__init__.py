@@ -1,0 +1,1 @@
+"""Benchmark suites: models against baselines on the same data, in one run."""
