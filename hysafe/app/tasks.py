@@ -15,6 +15,7 @@ from hysafe.data.datamodule import EmbedData
 from hysafe.encoder import HyperbolicEncoder, mini_architecture, open_clip_architecture
 from hysafe.encoder.model import bank_hash
 from hysafe.errors import ConfigError
+from hysafe.evaluate.metrics import detection
 from hysafe.geometry import BoundedScalar, Points, get_space
 from hysafe.loss import (
     TaxonomyWeights,
@@ -177,6 +178,9 @@ class TaxonomyTask(EncoderTask):
         image_from: folder of an export whose image tower alone is taken (ImageTowerTask).
         text_from: folder of an export whose text layers alone are taken (TextTowerTask).
         freeze_image: keep the image tower as it is (a later stage: adapter and heads only).
+        freeze_text: keep the text tower as it is.
+        image_views: with both towers frozen, features are computed once: of the texts, and of so
+            many crops of every picture; steps then cost almost nothing.
         train_sizes: [[share of training from which on, side], ...]: smaller pictures first.
         refresh_every: steps between re-encodings of all phrases (nodes, classes, hypernyms); in
             between the head moves and the tower's phrase features stand still.
@@ -204,6 +208,8 @@ class TaxonomyTask(EncoderTask):
         image_from: str | None = None,
         text_from: str | None = None,
         freeze_image: bool = False,
+        freeze_text: bool = False,
+        image_views: int = 2,
         train_sizes: list[list[float]] = [[0.0, 64]],  # noqa: B006 - read only
         refresh_every: int = 400,
         monitor_every: int = 200,
@@ -244,9 +250,12 @@ class TaxonomyTask(EncoderTask):
             self.encoder.towers.take(image_from, "visual")
         if text_from is not None:
             self.encoder.towers.take(text_from, "text")
-        self.freeze_image = freeze_image
+        self.freeze_image, self.image_views = freeze_image, image_views
         if freeze_image:
             self.encoder.towers.model.visual.requires_grad_(False)
+        if freeze_text:
+            self.encoder.towers.text_module.requires_grad_(False)
+        self.cached = freeze_image and freeze_text
         self.text_dropout, self.text_every, self.phrases = text_dropout, text_every, phrases
         self.classifier_weight = classifier_weight
         self.train_sizes, self.augment, self.crop = train_sizes, augment, crop
@@ -314,24 +323,49 @@ class TaxonomyTask(EncoderTask):
         leaves = self._leaves
         leaves.depth, leaves.below = leaves.depth.to(self.device), leaves.below.to(self.device)
         leaves.leaf_nodes = leaves.leaf_nodes.to(self.device)
+        if self.cached:
+            self._cache_features()
+
+    @torch.no_grad()
+    def _cache_features(self) -> None:
+        """Features of all texts, and of a few crops of every picture; towers do not move."""
+        data, encoder = self._data(), self.encoder
+        self.refresh()
+        encoder.eval()
+        with self._autocast():
+            texts = [str(s.text) for s in data.train_texts.samples]
+            self._text_cache = encoder.text_features(texts).to(torch.bfloat16)
+            log.info("features of %d texts are there", len(texts))
+            views = []
+            for view in range(self.image_views):
+                parts = []
+                for start in range(0, len(data.train_pictures), 256):
+                    batch = data.train_pictures[slice(start, start + 256)]
+                    pixels = self._augment(batch["pixels"].to(self.device))
+                    parts.append(encoder.towers.encode_image(pixels).to(torch.bfloat16))
+                views.append(torch.cat(parts))
+                log.info("features of %d pictures are there, crop %d", len(views[0]), view + 1)
+            self._image_cache = torch.stack(views)
+        encoder.train()
 
     # ------------------------------------------------------------ one step
 
     def training_step(self, batch: Any, index: int) -> Tensor:
-        if self.global_step % self.refresh_every == 0 or not hasattr(self, "_node_features"):
+        moving = not self.cached and self.global_step % self.refresh_every == 0
+        if moving or not hasattr(self, "_node_features"):
             self.refresh()
         # CombinedLoader yields the dict of both kinds
         pictures, texts = batch["image"], batch["text"]
         encoder, c = self.encoder, self.encoder.curvature()
-        pixels = self._augment(pictures["pixels"])
-        if self.freeze_image:
-            encoder.towers.model.visual.eval()
-        with torch.set_grad_enabled(not self.freeze_image):
-            features = encoder.towers.encode_image(pixels).float()
+        features = self._picture_features(pictures)
         image = encoder.lift("image", features).space
         spoken = self.global_step % self.text_every == 0
         if spoken:
-            spoken_features = self.text_features(texts["texts"])
+            spoken_features = (
+                self._text_cache[texts["index"]].float()
+                if self.cached
+                else self.text_features(texts["texts"])
+            )
             spoken_features = F.dropout(spoken_features, self.text_dropout, self.training)
             text = encoder.lift("text", spoken_features).space
         nodes = encoder.place_nodes(self._node_features, self._leaves.depth, self._node_banks).space
@@ -367,6 +401,17 @@ class TaxonomyTask(EncoderTask):
         if self.global_step % self.monitor_every == 0:
             self.log_dict({**self.monitor_scalars(), **self.monitor_tree(nodes, c)})
         return loss
+
+    def _picture_features(self, pictures: dict[str, Tensor]) -> Tensor:
+        if self.cached:
+            index = pictures["index"]
+            view = torch.randint(self.image_views, index.shape, device=index.device)
+            return self._image_cache[view, index].float()
+        pixels = self._augment(pictures["pixels"])
+        if self.freeze_image:
+            self.encoder.towers.model.visual.eval()
+        with torch.set_grad_enabled(not self.freeze_image):
+            return self.encoder.towers.encode_image(pixels).float()
 
     def _image_terms(self, image: Tensor, classes: Tensor, c: Tensor) -> dict[str, Tensor]:
         encoder = self.encoder
@@ -441,6 +486,8 @@ class TaxonomyTask(EncoderTask):
 
     def on_train_epoch_end(self) -> None:
         """Quick validation figures; the card has the whole ones."""
+        if self.cached and self.global_step < int(self.trainer.estimated_stepping_batches):
+            return  # the towers take longer over the validation split than all steps of an epoch
         values = self.validate_quickly()
         self.log_dict(values)
         parts = [f"{k.split('/')[-1]} {v:.4f}" for k, v in values.items()]
@@ -475,13 +522,13 @@ class TaxonomyTask(EncoderTask):
 
 def text_validation(logits: Tensor, data: EmbedData) -> dict[str, float]:
     """AUROC and category top-1 of the validation texts from logits over the leaves [B, L]."""
-    from torchmetrics.functional.classification import binary_auroc
-
     samples, leaves = data.validation_texts, data.leaves
     risky = leaves.risky.to(logits.device)
     evidence = logits[:, risky].logsumexp(-1) - logits[:, ~risky].logsumexp(-1)
     unsafe = torch.tensor([not s.safe for s in samples], device=logits.device)
-    values = {"validation/auroc": float(binary_auroc(evidence, unsafe.long()))}
+    values: dict[str, float] = {}
+    if unsafe.any() and not unsafe.all():
+        values["validation/auroc"] = detection(evidence[~unsafe], evidence[unsafe]).auroc
     if unsafe.any():
         ids = [leaves.leaves[i] for i in risky.nonzero()[:, 0].tolist()]
         best = logits[unsafe][:, risky].argmax(-1).tolist()

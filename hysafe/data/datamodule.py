@@ -96,6 +96,7 @@ class Pictures(Dataset):
 
     def __getitem__(self, index: Any) -> dict[str, Tensor]:
         return {
+            "index": torch.arange(len(self))[index],
             "pixels": torch.from_numpy(self.pixels[index]),
             "classes": self.classes[index],
             "candidates": self.candidates[index],
@@ -122,6 +123,7 @@ class Texts(Dataset):
 
     def __getitem__(self, index: Sequence[int]) -> dict[str, Any]:
         return {
+            "index": torch.as_tensor(index),
             "texts": [str(self.samples[i].text) for i in index],
             "candidates": self.candidates[index],
             "concepts": self.concepts[index],
@@ -142,6 +144,8 @@ class EmbedData(L.LightningDataModule):
         rendered: number of rendered pictures of text.
         limit: at most this many pictures and texts of each source (quick runs).
         seed: of sampling and rendering.
+        exclude_classes: names of picture classes that are left out everywhere, as if they were not
+            in the data (``hysafe eval novelty`` asks for them as novel).
     """
 
     def __init__(
@@ -156,6 +160,7 @@ class EmbedData(L.LightningDataModule):
         rendered: int = 1500,
         limit: int | None = None,
         seed: int = 0,
+        exclude_classes: list[str] | None = None,
     ) -> None:
         super().__init__()
         self.data_dir, self.image_size = data_dir, image_size
@@ -163,6 +168,7 @@ class EmbedData(L.LightningDataModule):
         self.pictures, self.rendered, self.limit, self.seed = pictures, rendered, limit, seed
         self.text_sets = list(permissive_sets()) if text_sets is None else text_sets
         self.text_weights = text_weights or TEXT_WEIGHTS
+        self.exclude_classes = frozenset(exclude_classes or ())
         self.taxonomy = load_taxonomy()
         self.leaves = LeafSpace(self.taxonomy)
         self.world = WorldTree()
@@ -222,10 +228,14 @@ class EmbedData(L.LightningDataModule):
         if self.pictures:
             root = data_root(self.data_dir) / "images"
             names: dict[int, tuple[str, tuple[str, ...]]] = {}
+            left_out: set[str] = set()
             for split in ("train", "val"):
                 location = str(root / "tiny_imagenet" / f"{split}*.parquet")
                 for s in iter_samples(location, "tiny_imagenet"):
                     label = s.extra["label"]
+                    if s.extra["name"] in self.exclude_classes:
+                        left_out.add(s.extra["name"])
+                        continue
                     names[label] = (s.extra["name"], s.extra["hypernyms"])
                     assert s.image is not None
                     picture = to_pixels(decode(s.image), size)
@@ -238,6 +248,9 @@ class EmbedData(L.LightningDataModule):
                     target[2].append(s.nodes)
                     if self.limit and len(target[0]) >= self.limit:
                         break
+            unknown = sorted(self.exclude_classes - left_out)
+            if unknown and not self.limit:  # a limit may end before a class comes up
+                raise ConfigError(f"exclude_classes {unknown}: no such picture classes. Correct them.")
             known = sorted(names)
             remap = {label: i for i, label in enumerate(known)}
             classes[:] = [remap[x] for x in classes]
