@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hysafe import __version__
+from hysafe.app.collection_commands import add_commands
 from hysafe.errors import (
     ConfigError,
     HysafeError,
@@ -101,6 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_scan_options(demo)
     demo.set_defaults(run=_demo)
 
+    add_commands(commands)
+
     tree = commands.add_parser("taxonomy", help="show the taxonomy, a node, or check a policy")
     tree.add_argument("node", nargs="?", help="node id, e.g. D6 or 6.1")
     tree.add_argument("--policy", type=Path, metavar="FILE", help="policy to apply")
@@ -109,15 +112,28 @@ def _parser() -> argparse.ArgumentParser:
     tree.set_defaults(run=_taxonomy)
 
     evaluate = commands.add_parser("eval", help="figures of a model on validation data")
-    evaluate.add_argument("suite", choices=["card"], help="card: the figures of the model card")
+    evaluate.add_argument("suite", choices=["card", "novelty"],
+                          help="card: the figures of the model card; novelty: novelty scorers beside "
+                          "pytorch-ood's")  # fmt: skip
     evaluate.add_argument("--model", default="mini", help="mini, a folder, open_clip:ARCH/TAG")
     evaluate.add_argument("--control", metavar="DIR", help="Euclidean control to stand beside it")
     evaluate.add_argument("--data", metavar="DIR", help="development data (default: HYSAFE_DATA)")
     evaluate.add_argument("--fit", action="store_true",
                           help="fit the calibration of a model folder first, and store it there")  # fmt: skip
     evaluate.add_argument(
-        "--out", type=Path, metavar="DIR", help="write card.json and card.md here"
+        "--out", type=Path, metavar="DIR", help="write SUITE.json and SUITE.md here"
     )
+    evaluate.add_argument("--write", type=Path, nargs="+", default=[], metavar="PAGE",
+                          help="card only: put the table into these Markdown pages")  # fmt: skip
+    only = evaluate.add_argument_group("novelty only")
+    only.add_argument("--settings", metavar="A,B", help="some of near, far, clinc150, contrast, "
+                      "catqa, policy (default: all)")  # fmt: skip
+    only.add_argument("--held-out", type=Path, metavar="FILE",
+                      help="class names that are novel in `near` (default: a bundled list of 17)")  # fmt: skip
+    only.add_argument("--unseen", action="store_true",
+                      help="the model was trained without the held-out classes")  # fmt: skip
+    only.add_argument("--limit", type=int, metavar="N", help="at most N items of each class")
+    only.add_argument("--seed", type=int, default=0, metavar="N", help="of folds and far pictures")
     evaluate.add_argument("--verbose", action="store_true")
     evaluate.set_defaults(run=_evaluate)
     return parser
@@ -180,7 +196,7 @@ def _run_scan(
     taxonomy = load_taxonomy(arguments.taxonomy)
     if policy is not None:
         policy.apply(taxonomy)
-    ocr = _ocr(arguments.ocr)
+    ocr = ocr_reader(arguments.ocr)
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -220,7 +236,7 @@ def _run_scan(
     return summary, time.perf_counter() - start
 
 
-def _ocr(wanted: bool | None) -> Any | None:
+def ocr_reader(wanted: bool | None) -> Any | None:
     """The reader of text in pictures; None where it is off or (unasked) not installed."""
     if wanted is False:
         return None
@@ -306,11 +322,26 @@ def _taxonomy(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.suite == "novelty":
+        return _evaluate_novelty(arguments)
     from hysafe.app.card import evaluate_card
 
     return evaluate_card(
         arguments.model, control=arguments.control, data=arguments.data, fit=arguments.fit,
-        out=arguments.out,
+        out=arguments.out, pages=arguments.write,
+    )  # fmt: skip
+
+
+def _evaluate_novelty(arguments: argparse.Namespace) -> int:
+    from hysafe.app.pipeline import load
+    from hysafe.evaluate.novelty import SETTINGS, check_settings, evaluate_novelty
+
+    chosen = arguments.settings.split(",") if arguments.settings else SETTINGS
+    # settings are checked before the model is loaded
+    check_settings(chosen, arguments.limit)
+    return evaluate_novelty(
+        load(arguments.model), settings=chosen, data=arguments.data, held_out=arguments.held_out,
+        unseen=arguments.unseen, limit=arguments.limit, out=arguments.out, seed=arguments.seed,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ from torch import Tensor
 from hysafe.data.decoding import DecodePool
 from hysafe.data.images import content_hash, decode, to_pixels
 from hysafe.data.inputs import iter_items
-from hysafe.encoder.model import HyperbolicEncoder
+from hysafe.encoder.model import HyperbolicEncoder, bank_hash
 from hysafe.encoder.pretrained import BUNDLED, load_encoder, resolve_folder
+from hysafe.encoder.towerless import TowerlessEncoder
 from hysafe.errors import HysafeError, InputError
 from hysafe.geometry import Points
+from hysafe.index import Collection, EncodedItem, Row
 from hysafe.score.calibration import Calibration, conformal_p_values
-from hysafe.score.leaves import NodeTable, score_margins
+from hysafe.score.leaves import LeafScores, NodeTable, score_margins
 from hysafe.score.triage import TriagePolicy, weighted_risk
 from hysafe.taxonomy import Policy, PolicyView, Taxonomy, load_taxonomy
 from hysafe.types import ErrorRecord, Hashes, Item, NodeScore, NoveltyScores, Rating, Result
@@ -61,37 +63,70 @@ class Judgement:
     """A result with what the collection stores beside it.
 
     Args:
-        item: what was judged (with its encoded picture).
-        result: the judgement.
-        vector, text_vector: tangent vectors [D] of the item and of its text, or None.
-        scores: category scores, or None.
-        text: the text that was judged (given or read), "" for none.
+        row: the encoded item, its result and what else the collection holds.
+        image: the encoded picture, where the item was judged from it and not from stored points.
     """
 
-    item: Item
-    result: Result
-    vector: np.ndarray | None = None
-    text_vector: np.ndarray | None = None
-    scores: np.ndarray | None = None
-    text: str = ""
+    row: Row
+    image: bytes | None = None
+
+    @property
+    def result(self) -> Result:
+        return self.row.result
+
+    @property
+    def vector(self) -> np.ndarray | None:
+        """Tangent vector [D] of the item, or None."""
+        return self.row.vector
+
+    @property
+    def text_vector(self) -> np.ndarray | None:
+        """Tangent vector [D] of the text of an item with a picture, or None."""
+        return self.row.text_vector
+
+    @property
+    def scores(self) -> np.ndarray | None:
+        """Category scores, or None."""
+        return self.row.scores
+
+    @property
+    def text(self) -> str:
+        """The text that was judged (given or read), "" for none."""
+        return self.row.item.text or self.row.item.read_text
 
 
 @dataclass
-class _Channel:
-    """One channel of a batch: the rows it speaks for and what it says of them."""
+class Channel:
+    """One channel of a batch: what it says of each of its n items.
 
-    rows: list[int]
-    points: Points
-    margins: Tensor
-    nodes: Tensor
-    p_unsafe: Tensor
-    risk: Tensor
-    over: Tensor
+    Attributes:
+        at: place in the batch -> row of the arrays. vectors: tangent vectors [n, D], float32.
+        margins, nodes: [n, N]. p_unsafe, risk, over, radius: [n]. top: best category of each.
+    """
+
+    at: dict[int, int]
+    vectors: np.ndarray
+    margins: np.ndarray
+    nodes: np.ndarray
+    p_unsafe: list[float]
+    risk: list[float]
+    over: list[bool]
     novelty: list[NoveltyScores]
     radius: list[float]
-    tangent: np.ndarray
     top: list[str | None]
-    truncated: dict[int, bool] = field(default_factory=dict)
+
+    def pick(self, at: dict[int, int]) -> Channel:
+        """The rows that `at` points to, renumbered."""
+        rows = list(at.values())
+
+        def of(values: list[Any]) -> list[Any]:
+            return [values[k] for k in rows]
+
+        return Channel(
+            {i: k for k, i in enumerate(at)}, self.vectors[rows], self.margins[rows],
+            self.nodes[rows], of(self.p_unsafe), of(self.risk), of(self.over), of(self.novelty),
+            of(self.radius), of(self.top),
+        )  # fmt: skip
 
 
 class SafetyModel:
@@ -109,7 +144,7 @@ class SafetyModel:
 
     def __init__(
         self,
-        encoder: HyperbolicEncoder,
+        encoder: HyperbolicEncoder | TowerlessEncoder,
         taxonomy: Taxonomy | None = None,
         calibration: Calibration | None = None,
         *,
@@ -162,12 +197,17 @@ class SafetyModel:
 
     def _apexes(self, taxonomy: Taxonomy) -> Points:
         banks = [n.phrases for n in taxonomy]
+        own = taxonomy.hash == self.taxonomy.hash
+        if not own:
+            self._load_phrases([b for b in banks if b not in self._features])
         missing = [b for b in banks if b not in self._features]
         if missing:
             features = self.encoder.node_features(missing)
             self._features.update(zip(missing, features.clone(), strict=True))
-            if taxonomy.hash == self.taxonomy.hash:
+            if own:
                 self._store(banks)
+            else:
+                self._store_phrases(missing)
         stack = torch.stack([self._features[b] for b in banks])
         depth = torch.tensor([taxonomy.depth(n.id) for n in taxonomy])
         with torch.inference_mode():
@@ -193,15 +233,36 @@ class SafetyModel:
 
     def _store(self, banks: Sequence[tuple[str, ...]]) -> None:
         path = self._store_path()
-        if path is None:
-            return
+        if path is not None:
+            self._write(path, torch.stack([self._features[b] for b in banks]))
+
+    def _write(self, path: Path, features: Tensor) -> bool:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            save_file({"features": torch.stack([self._features[b] for b in banks])}, temporary)
+            save_file({"features": features}, temporary)
             temporary.replace(path)
         except OSError:  # a cache that cannot be written costs time, nothing else
             self._cache = None
+        return self._cache is not None
+
+    def _phrase_path(self, bank: tuple[str, ...]) -> Path | None:
+        """Where the features of a node that a policy adds or describes anew are kept."""
+        if self._cache is None:
+            return None
+        return self._cache / f"phrases-{self.encoder.hash()}" / f"{bank_hash(bank)}.safetensors"
+
+    def _load_phrases(self, banks: Sequence[tuple[str, ...]]) -> None:
+        for bank in banks:
+            path = self._phrase_path(bank)
+            if path is not None and path.is_file():
+                self._features[bank] = load_file(path)["features"].to(self.encoder.device)
+
+    def _store_phrases(self, banks: Sequence[tuple[str, ...]]) -> None:
+        for bank in banks:
+            path = self._phrase_path(bank)
+            if path is not None and not self._write(path, self._features[bank]):
+                return
 
     # ------------------------------------------------------------ judging
 
@@ -258,40 +319,118 @@ class SafetyModel:
                 batch = following
 
     def _judge_batch(self, batch: _Batch, view: PolicyView) -> list[Judgement]:
-        table, apexes = self.place(view)
+        judged = self.judge_encoded(
+            self._encode(batch), view, reading=self.hash_with(batch.ocr), reads=batch.reads
+        )
+        return [
+            replace(j, image=item.image) for j, (item, _) in zip(judged, batch.pairs, strict=True)
+        ]
+
+    def _encode(self, batch: _Batch) -> list[EncodedItem]:
+        """What the towers see of a batch; no policy plays a part."""
         items = [item for item, _ in batch.pairs]
         read = batch.read()
-        items = [
-            item if read[i][1] is None or item.error else replace(item, error=read[i][1])
-            for i, item in enumerate(items)
-        ]
-        channels: dict[str, _Channel] = {}
-        rows = [i for i, (item, pixels) in enumerate(batch.pairs) if pixels is not None]
+        points: list[dict[str, np.ndarray]] = [{} for _ in items]
+        cut: list[set[str]] = [set() for _ in items]
+        rows = [i for i, (_, pixels) in enumerate(batch.pairs) if pixels is not None]
         if rows:
             stack = torch.from_numpy(np.stack([p for _, p in batch.pairs if p is not None]))
-            points = self._encode_pixels(stack)
-            channels["image"] = self._channel("image", rows, points, table, apexes)
+            vectors = self._encode_pixels(stack).tangent().numpy()
+            for k, i in enumerate(rows):
+                points[i]["image"] = vectors[k : k + 1]
         # the text of an item whose picture is broken still speaks
         texts = {i: str(item.text) for i, item in enumerate(items) if item.text}
         written = {i: t for i, (t, _) in enumerate(read) if t}
         for name, found in (("text", texts), ("ocr", written)):
-            if found:
-                channels[name] = self._text_channel(name, found, table, apexes)
-        hashes = (self.hash_with(batch.ocr), view.taxonomy.hash, view.policy.hash)
+            for i, (vectors, truncated) in self._encode_long(found).items():
+                points[i][name] = vectors
+                if truncated:
+                    cut[i].add(name)
         return [
-            self._join(i, item, channels, table, batch, read[i][0], hashes)
+            EncodedItem(
+                item.id, item.source, item.modality, item.content_hash, points[i],
+                frozenset(cut[i]), item.text or "", read[i][0], item.error or read[i][1],
+            )
             for i, item in enumerate(items)
-        ]
+        ]  # fmt: skip
 
-    def _channel(
-        self, name: str, rows: list[int], points: Points, table: NodeTable, apexes: Points
-    ) -> _Channel:
+    def _encode_long(self, texts: dict[int, str]) -> dict[int, tuple[np.ndarray, bool]]:
+        """Tangent vectors [W, D] of each text's windows, and whether its end was left out."""
+        if not texts:
+            return {}
+        rows = list(texts)
+        windows, sizes, truncated = [], [], []
+        counts = self.encoder.towers.token_counts([texts[i] for i in rows])
+        limit = self.encoder.towers.context_length
+        for row, count in zip(rows, counts, strict=True):
+            parts, beyond = _windows(texts[row], count, limit)
+            windows += parts
+            sizes.append(len(parts))
+            truncated.append(beyond)
+        vectors = self.encode_text(windows).tangent().numpy()
+        split = np.split(vectors, np.cumsum(sizes)[:-1])
+        return dict(zip(rows, zip(split, truncated, strict=True), strict=True))
+
+    # ------------------------------------------------------------ judging stored points
+
+    def judge_encoded(
+        self, items: Sequence[EncodedItem], view: PolicyView, *, reading: str, reads: bool
+    ) -> list[Judgement]:
+        """Judgements of encoded items, in their order: what a scan and a rescore share.
+
+        Scores are computed in float64 from the stored float32 vectors, so that they do not depend
+        on how items fall into batches.
+
+        Args:
+            view: from :meth:`view`.
+            reading: the model's hash with the reader of text in pictures, see :meth:`hash_with`.
+            reads: text in pictures was read.
+        """
+        table, _ = self.place(view)
+        channels = self.score_encoded(items, view)
+        hashes = (reading, view.taxonomy.hash, view.policy.hash)
+        return [self._join(i, item, channels, table, reads, hashes) for i, item in enumerate(items)]
+
+    def score_encoded(self, items: Sequence[EncodedItem], view: PolicyView) -> dict[str, Channel]:
+        """What each channel says of encoded items; of a long text the riskiest window speaks."""
+        channels: dict[str, Channel] = {}
+        for name in ("image", "text", "ocr"):
+            owner = [i for i, item in enumerate(items) for _ in item.points.get(name, ())]
+            if not owner:
+                continue
+            stack = np.concatenate([item.points[name] for item in items if name in item.points])
+            every = self._channel(name, stack, view)
+            best: dict[int, int] = {}
+            for k, i in enumerate(owner):
+                if i not in best or every.risk[k] > every.risk[best[i]]:
+                    best[i] = k
+            channels[name] = every.pick(best) if len(best) < len(owner) else replace(every, at=best)
+        return channels
+
+    def risk(self, points: Points, view: PolicyView, channel: str = "text") -> Tensor:
+        """Risk [B] of points as the rating weighs it: 1 at least where a node is over its own
+        threshold."""
+        table, _ = self.place(view)
+        _, scores = self._scores(points, view, channel)
+        risk, over = weighted_risk(scores, table)
+        return torch.where(over, risk.clamp_min(1.0), risk)
+
+    def _scores(self, points: Points, view: PolicyView, channel: str) -> tuple[Tensor, LeafScores]:
+        """Margins [B, N] and calibrated scores of points."""
+        table, apexes = self.place(view)
         margins = points.margin(apexes)
-        fit = self.calibration.channel(name)
-        scores = score_margins(
+        fit = self.calibration.channel(channel)
+        return margins, score_margins(
             margins, table, scale=self.encoder.cone_scale_value, slope=fit.slope,
             offset=fit.offset, temperature=fit.temperature,
         )  # fmt: skip
+
+    def _channel(self, name: str, vectors: np.ndarray, view: PolicyView) -> Channel:
+        table, apexes = self.place(view)
+        tangents = torch.from_numpy(np.ascontiguousarray(vectors)).double()
+        points = Points.from_tangent(tangents, apexes.c, apexes.geometry)
+        margins, scores = self._scores(points, view, name)
+        fit = self.calibration.channel(name)
         risk, over = weighted_risk(scores, table)
         if fit.distribution and fit.policy:
             distribution = conformal_p_values(scores.energy, fit.distribution, fit.n).tolist()
@@ -301,135 +440,113 @@ class SafetyModel:
                 for a, b in zip(unheld, distribution, strict=True)
             ]
         else:
-            novelty = [NoveltyScores(None, None)] * len(rows)
-        return _Channel(
-            rows,
-            points,
-            margins,
-            scores.nodes,
-            scores.p_unsafe,
-            risk,
-            over,
+            novelty = [NoveltyScores(None, None)] * len(vectors)
+        return Channel(
+            {},
+            vectors,
+            margins.numpy(),
+            scores.nodes.numpy(),
+            scores.p_unsafe.tolist(),
+            risk.tolist(),
+            over.tolist(),
             novelty,
             points.radius().tolist(),
-            points.tangent().numpy(),
             _top_categories(scores.nodes, table),
         )
-
-    def _text_channel(
-        self, name: str, texts: dict[int, str], table: NodeTable, apexes: Points
-    ) -> _Channel:
-        """Long texts go through windows; the riskiest window speaks."""
-        rows = list(texts)
-        windows, owner, truncated = [], [], {}
-        counts = self.encoder.towers.token_counts([texts[i] for i in rows])
-        limit = self.encoder.towers.context_length
-        for row, count in zip(rows, counts, strict=True):
-            parts, cut = _windows(texts[row], count, limit)
-            truncated[row] = cut
-            windows += parts
-            owner += [row] * len(parts)
-        every = self._channel(name, owner, self.encode_text(windows), table, apexes)
-        best: dict[int, int] = {}
-        for k, row in enumerate(owner):
-            if row not in best or float(every.risk[k]) > float(every.risk[best[row]]):
-                best[row] = k
-        pick = torch.tensor([best[row] for row in rows])
-        return _Channel(
-            rows, every.points[pick], every.margins[pick], every.nodes[pick],
-            every.p_unsafe[pick], every.risk[pick], every.over[pick],
-            [every.novelty[best[row]] for row in rows], [every.radius[best[row]] for row in rows],
-            every.tangent[pick.numpy()], [every.top[best[row]] for row in rows], truncated,
-        )  # fmt: skip
 
     def _join(
         self,
         row: int,
-        item: Item,
-        channels: dict[str, _Channel],
+        item: EncodedItem,
+        channels: dict[str, Channel],
         table: NodeTable,
-        batch: _Batch,
-        written: str,
+        reads: bool,
         hashes: tuple[str, str, str],
     ) -> Judgement:
         """The riskier channel counts; the report says which one spoke."""
-        spoken: dict[str, int] = {}
-        for name, channel in channels.items():
-            if row in channel.rows:
-                spoken[name] = channel.rows.index(row)
-        content = item.content_hash
-        stamp = Hashes(content, *hashes)
+        spoken = {name: c.at[row] for name, c in channels.items() if row in c.at}
+        stamp = Hashes(item.content_hash, *hashes)
         if not spoken:
             error = item.error or ErrorRecord("InputError", "nothing to judge: no picture, no text")
             result = Result(item.id, item.source, item.modality, "review", None, (),
                             NoveltyScores(None, None), None, {}, error, stamp)  # fmt: skip
-            return Judgement(item, result)
+            return Judgement(Row(item, result))
         record: dict[str, Any] = {}
         ratings: dict[str, tuple[Rating, str]] = {}
         for name, k in spoken.items():
             channel = channels[name]
             rating, reason = self.triage.rate(
-                float(channel.risk[k]), bool(channel.over[k]), channel.novelty[k].distribution
+                channel.risk[k], channel.over[k], channel.novelty[k].distribution
             )
-            if rating == "safe" and channel.truncated.get(row):
+            if rating == "safe" and name in item.cut:
                 rating, reason = "review", "too long to read whole"
             if name == "image" and rating != "unsafe":
                 rating, reason = self._text_picture(
-                    rating, reason, channel, k, table, batch, written
+                    rating, reason, channel, k, table, reads, item.read_text
                 )
             ratings[name] = (rating, reason)
-            top = channel.top[k]
-            record[name] = {"p_unsafe": _rounded(float(channel.p_unsafe[k])), "top": top,
+            record[name] = {"p_unsafe": _rounded(channel.p_unsafe[k]), "top": channel.top[k],
                             "rating": rating}  # fmt: skip
         if "ocr" in record:
-            record["ocr"]["text"] = written
-        decided = max(
-            spoken, key=lambda n: (RANK[ratings[n][0]], float(channels[n].p_unsafe[spoken[n]]))
-        )
+            record["ocr"]["text"] = item.read_text
+        decided = max(spoken, key=lambda n: (RANK[ratings[n][0]], channels[n].p_unsafe[spoken[n]]))
         rating, reason = ratings[decided]
         if item.error is not None and rating == "safe":
             rating, reason = "review", item.error.message
         record["decided_by"], record["reason"] = decided, reason
-        paths = _paths([(channels[n], k) for n, k in spoken.items()], table)
+        nodes = _highest([channels[n].nodes[k] for n, k in spoken.items()])
+        margins = _highest([channels[n].margins[k] for n, k in spoken.items()])
         channel, k = channels[decided], spoken[decided]
         novelty = NoveltyScores(
             _least(channels[n].novelty[i].policy for n, i in spoken.items()),
             channel.novelty[k].distribution,
         )
         main = "image" if "image" in spoken else next(iter(spoken))
-        vector = _tangent(channels[main], spoken[main])
         other = next((n for n in ("ocr", "text") if n in spoken and n != main), None)
-        categories = table.leaves[table.risk | table.inactive]
-        scores = torch.stack([channels[n].nodes[i, categories] for n, i in spoken.items()]).amax(0)
         result = Result(
             item.id, item.source, item.modality, rating,
-            _rounded(max(float(channels[n].p_unsafe[i]) for n, i in spoken.items())),
-            paths, novelty, _rounded(channel.radius[k]), record,
+            _rounded(max(channels[n].p_unsafe[i] for n, i in spoken.items())),
+            _paths(nodes, margins, table), novelty, _rounded(channel.radius[k]), record,
             item.error, stamp,
         )  # fmt: skip
+        vectors = {n: channels[n].vectors[i] for n, i in spoken.items()}
+        categories = table.leaves[table.risk | table.inactive].numpy()
         return Judgement(
-            item, result, vector,
-            _tangent(channels[other], spoken[other]) if other else None,
-            scores.numpy(), item.text or written,
-        )  # fmt: skip
+            Row(item, result, vectors[main], vectors[other] if other else None, nodes[categories])
+        )
 
     def _text_picture(
-        self, rating: Rating, reason: str, channel: _Channel, k: int, table: NodeTable,
-        batch: _Batch, written: str,
+        self, rating: Rating, reason: str, channel: Channel, k: int, table: NodeTable,
+        reads: bool, written: str,
     ) -> tuple[Rating, str]:  # fmt: skip
         """The picture channel alone cannot clear a picture of text, and need not suspect one that
         was read."""
         if TEXT_PICTURE_NODE not in table.leaf_ids:
             return rating, reason
         position = table.leaf_ids.index(TEXT_PICTURE_NODE)
-        logits = channel.margins[k, table.leaves] * self.encoder.cone_scale_value
-        if float(torch.softmax(logits, -1)[position]) < TEXT_PICTURE_SHARE:
+        logits = channel.margins[k, table.leaves.numpy()] * self.encoder.cone_scale_value
+        share = np.exp(logits[position] - logits.max()) / np.exp(logits - logits.max()).sum()
+        if share < TEXT_PICTURE_SHARE:
             return rating, reason
         if written:
             return "safe", "a picture of text, judged by what it says"
-        if not batch.reads:
+        if not reads:
             return "review", "a picture of text that was not read (OCR is off)"
         return rating, reason
+
+    # ------------------------------------------------------------ collections
+
+    def rescore(self, collection: Collection, policy: Policy | None = None, **options: Any) -> Any:
+        """Judge a collection again, see :func:`hysafe.app.rescore.rescore`."""
+        from hysafe.app.rescore import rescore
+
+        return rescore(collection, self, policy, **options)
+
+    def add(self, collection: Collection, paths: Sequence[str], **options: Any) -> Any:
+        """Scan more paths into a collection, see :func:`hysafe.app.scan.add`."""
+        from hysafe.app.scan import add
+
+        return add(collection, self, paths, **options)
 
     # ------------------------------------------------------------ identity
 
@@ -473,7 +590,11 @@ class _Batch:
 
 
 def load(
-    name: str = "mini", *, taxonomy: str | Path | None = None, cache: Path | None = None
+    name: str = "mini",
+    *,
+    taxonomy: str | Path | None = None,
+    cache: Path | None = None,
+    towers: bool = True,
 ) -> SafetyModel:
     """Load a model by name.
 
@@ -482,13 +603,19 @@ def load(
             (lifted without training, not calibrated).
         taxonomy: a taxonomy YAML; the bundled one by default.
         cache: where encoded taxonomies are kept; a user cache folder by default.
+        towers: load the towers now. False loads only the heads of a model folder, which is enough
+            to judge stored points; the towers follow when something has to be encoded.
 
     Raises:
         ModelError: nothing of that name, or a damaged folder.
     """
-    encoder = load_encoder(name)
     folder = resolve_folder(name) if not name.startswith("open_clip:") else None
-    encoder.prepare_inference()
+    encoder: HyperbolicEncoder | TowerlessEncoder
+    if folder is not None and not towers:
+        encoder = TowerlessEncoder(folder)
+    else:
+        encoder = load_encoder(name)
+        encoder.prepare_inference()
     calibration = Calibration.load(folder) if folder is not None else Calibration()
     return SafetyModel(
         encoder, load_taxonomy(taxonomy), calibration, name=name, cache=cache or _cache_folder()
@@ -560,32 +687,37 @@ def _top_categories(scores: Tensor, table: NodeTable) -> list[str | None]:
     return [table.ids[i] for i in best.tolist()]
 
 
-def _paths(spoken: list[tuple[_Channel, int]], table: NodeTable) -> tuple[NodeScore, ...]:
+def _highest(rows: list[np.ndarray]) -> np.ndarray:
+    """Element-wise maximum of arrays [N]."""
+    return rows[0] if len(rows) == 1 else np.maximum.reduce(rows)
+
+
+def _paths(scores: np.ndarray, margins: np.ndarray, table: NodeTable) -> tuple[NodeScore, ...]:
     """Nodes that apply, best first: categories and concepts; a domain where none of its
-    categories does."""
-    scores = torch.stack([c.nodes[k] for c, k in spoken]).amax(0)
-    inside = torch.stack([c.margins[k] for c, k in spoken]).amax(0) > 0
+    categories does. Scores and margins [N] are the highest of the channels."""
     taxonomy = table.view.taxonomy
     listed: list[NodeScore] = []
     covered: set[str] = set()
-    for i in (scores >= LIST_FROM).nonzero()[:, 0].tolist():
+    domains: list[int] = []
+    for i in np.flatnonzero(scores >= LIST_FROM).tolist():
         node = taxonomy[table.ids[i]]
-        if not table.active[i] or node.kind == "domain":
+        if not table.active[i]:
+            continue
+        if node.kind == "domain":
+            domains.append(i)
             continue
         path = taxonomy.path(node.id)
         covered.add(path.ids[0])
-        listed.append(NodeScore(node.id, path.names, _rounded(float(scores[i])), bool(inside[i])))
-    for node in taxonomy.domains:
-        i = table.index[node.id]
-        if table.active[i] and node.id not in covered and float(scores[i]) >= LIST_FROM:
+        listed.append(
+            NodeScore(node.id, path.names, _rounded(float(scores[i])), bool(margins[i] > 0))
+        )
+    for i in domains:
+        node = taxonomy[table.ids[i]]
+        if node.id not in covered:
             listed.append(
-                NodeScore(node.id, (node.name,), _rounded(float(scores[i])), bool(inside[i]))
+                NodeScore(node.id, (node.name,), _rounded(float(scores[i])), bool(margins[i] > 0))
             )
     return tuple(sorted(listed, key=lambda s: (-s.score, s.node)))
-
-
-def _tangent(channel: _Channel, k: int) -> np.ndarray:
-    return np.asarray(channel.tangent[k])
 
 
 def _rounded(value: float) -> float:

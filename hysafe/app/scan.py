@@ -5,24 +5,28 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hysafe.app.pipeline import Judgement, SafetyModel, ScanOptions
+from hysafe.app.pipeline import SafetyModel, ScanOptions
 from hysafe.app.report import ReportData, write_report
 from hysafe.data.images import thumbnail
 from hysafe.data.inputs import InputReader
-from hysafe.errors import InputError
+from hysafe.errors import CollectionError, InputError
 from hysafe.index import CollectionMeta, CollectionWriter
 from hysafe.index.collection import Collection, matrix
-from hysafe.taxonomy import Policy
+from hysafe.taxonomy import Policy, PolicyView
+from hysafe.types import Item, Result
 
-__all__ = ["RESULTS", "REPORT", "ScanSummary", "scan"]
+__all__ = [
+    *("RESULTS", "REPORT", "ScanSummary", "Shown", "add", "collection_meta", "report_scan"),
+    *("result_line", "scan"),
+]
 
 RESULTS, REPORT = "results.jsonl", "report.html"
 # Items the report shows with their picture and text: those to be looked at, and some safe ones.
@@ -49,6 +53,15 @@ class ScanSummary:
     ratings: Counter[str] = field(default_factory=Counter)
     nodes: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
+
+    def count(self, result: Result) -> None:
+        """Count one row."""
+        self.items += 1
+        self.ratings[result.rating] += 1
+        if result.error:
+            self.errors[result.error.type] += 1
+        if result.paths and result.rating != "safe":
+            self.nodes[result.paths[0].node] += 1
 
 
 def scan(
@@ -88,38 +101,101 @@ def scan(
             f"--out {out}: cannot be made ({error.strerror}). Name another folder."
         ) from error
     view = model.view(policy)
-    table, apexes = model.place(view)
-    writer = CollectionWriter(out, _meta(model, view, table, apexes))
-    summary, shown = ScanSummary(out), _Shown()
+    meta = collection_meta(model, view, reading=model.hash_with(ocr), reads=ocr is not None)
+    writer = CollectionWriter(out, meta)
+    summary, shown = ScanSummary(out), Shown()
     judged = model.judge(reader, policy=policy, ocr=ocr, options=options)
     with (out / RESULTS).open("w", encoding="utf-8") as lines:
         while batch := list(islice(judged, TABLE_BATCH)):
             for j in batch:
-                lines.write(json.dumps(j.result.to_dict(), ensure_ascii=False) + "\n")
-                summary.items += 1
-                summary.ratings[j.result.rating] += 1
-                if j.result.error:
-                    summary.errors[j.result.error.type] += 1
-                if j.result.paths and j.result.rating != "safe":
-                    summary.nodes[j.result.paths[0].node] += 1
+                lines.write(result_line(j.result))
+                summary.count(j.result)
                 if report:
-                    shown.add(j)
+                    shown.add(j.result, j.text, j.image)
                 if progress:
                     progress(summary.items)
             lines.flush()
-            writer.append(
-                [j.result for j in batch],
-                [j.vector for j in batch],
-                [j.text_vector for j in batch],
-                [j.scores for j in batch],
-            )
+            writer.append([j.row for j in batch])
     summary.skipped = reader.skipped
     if report:
-        _report(out, model, view, table, apexes, shown, title)
+        report_scan(out, model, view, shown, title)
     return summary
 
 
-class _Shown:
+def add(
+    collection: Collection,
+    model: SafetyModel,
+    paths: Sequence[str],
+    *,
+    ocr: Any | None = None,
+    options: ScanOptions | None = None,
+    text_column: str | None = None,
+    image_column: str | None = None,
+) -> ScanSummary:
+    """Judge more paths under the collection's own policy and append what is new.
+
+    An item whose content is in the collection already is passed over; one with a known id and
+    other content gets a new id.
+
+    Args:
+        ocr: the reader of text in pictures, as in the scan that made the collection.
+        others: as in :func:`scan`.
+
+    Returns:
+        Counts of what was added.
+
+    Raises:
+        CollectionError: another model, taxonomy or reader than the scan's.
+    """
+    from hysafe.app.stored import view_of
+
+    collection.check_model(model.hash)
+    meta = collection.meta
+    if model.hash_with(ocr) != (meta.reading or meta.model):
+        how = "with" if meta.reads else "without"
+        raise CollectionError(
+            f"{collection.folder}: scanned {how} reading text in pictures, or by another reader "
+            f"({meta.reading}, this is {model.hash_with(ocr)}). Add items as they were scanned."
+        )
+    policy = view_of(collection, model, None).policy
+    known = collection.to_arrow(["id", "content_hash"]).to_pydict()
+    ids = set(known["id"])
+    contents = set(zip(known["content_hash"], known["id"], strict=True))
+    hashes = {h for h in known["content_hash"] if h}
+
+    def new(items: Iterable[Item]) -> Iterator[Item]:
+        for item in items:
+            if item.content_hash in hashes or (item.content_hash, item.id) in contents:
+                continue
+            if item.content_hash:
+                hashes.add(item.content_hash)
+            name, count = item.id, 2
+            while name in ids:
+                name, count = f"{item.id}~{count}", count + 1
+            ids.add(name)
+            yield replace(item, id=name)
+
+    reader = InputReader(paths, text_column=text_column, image_column=image_column,
+                         exclude=[str(collection.folder)])  # fmt: skip
+    judged = model.judge(new(reader), policy=policy, ocr=ocr, options=options)
+    summary = ScanSummary(collection.folder)
+    with (collection.folder / RESULTS).open("a", encoding="utf-8") as lines:
+        while batch := list(islice(judged, TABLE_BATCH)):
+            collection.append([j.row for j in batch])
+            for j in batch:
+                lines.write(result_line(j.result))
+                summary.count(j.result)
+            lines.flush()
+    summary.skipped = reader.skipped
+    return summary
+
+
+def result_line(result: Result) -> str:
+    """Line of ``results.jsonl``."""
+    return json.dumps(result.to_dict(), ensure_ascii=False) + "\n"
+
+
+class Shown:
     """Pictures and texts for the report, a bounded number of them."""
 
     def __init__(self) -> None:
@@ -127,23 +203,34 @@ class _Shown:
         self.pictures: dict[str, bytes] = {}
         self._risky = self._safe = 0
 
-    def add(self, judgement: Judgement) -> None:
-        safe = judgement.result.rating == "safe"
-        if (self._safe >= SHOWN_SAFE) if safe else (self._risky >= SHOWN):
+    def wants(self, result: Result) -> bool:
+        """Whether there is room for an item of this rating."""
+        return self._safe < SHOWN_SAFE if result.rating == "safe" else self._risky < SHOWN
+
+    def add(self, result: Result, text: str, image: bytes | None) -> None:
+        """Keep an item's text and picture, while there is room."""
+        if not self.wants(result):
             return
+        safe = result.rating == "safe"
         self._safe, self._risky = self._safe + safe, self._risky + (not safe)
-        name = judgement.result.id
-        if judgement.text:
-            self.texts[name] = judgement.text[:TEXT_SHOWN]
-        image = judgement.item.image
-        if image is not None and judgement.vector is not None:
+        if text:
+            self.texts[result.id] = text[:TEXT_SHOWN]
+        if image is not None and result.p_unsafe is not None:
             try:
-                self.pictures[name] = thumbnail(image)
+                self.pictures[result.id] = thumbnail(image)
             except InputError as error:
-                log.debug("%s: no thumbnail: %s", name, error)
+                log.debug("%s: no thumbnail: %s", result.id, error)
 
 
-def _meta(model: SafetyModel, view: Any, table: Any, apexes: Any) -> CollectionMeta:
+def collection_meta(
+    model: SafetyModel, view: PolicyView, *, reading: str, reads: bool
+) -> CollectionMeta:
+    """What the vectors and scores of a collection mean that this model judges under a view.
+
+    Args:
+        reading, reads: as in :meth:`SafetyModel.judge_encoded`.
+    """
+    table, apexes = model.place(view)
     categories = table.leaves[table.risk | table.inactive].tolist()
     return CollectionMeta(
         dim=apexes.space.shape[1],
@@ -154,12 +241,16 @@ def _meta(model: SafetyModel, view: Any, table: Any, apexes: Any) -> CollectionM
         policy=view.policy.hash,
         model_name=model.name,
         nodes=tuple(table.ids[i] for i in categories),
+        policy_name=view.policy.name,
+        rules=view.policy.to_dict()["nodes"],
+        reading=reading,
+        reads=reads,
     )
 
 
-def _report(
-    out: Path, model: SafetyModel, view: Any, table: Any, apexes: Any, shown: _Shown, title: str
-) -> None:
+def report_scan(out: Path, model: SafetyModel, view: PolicyView, shown: Shown, title: str) -> None:
+    """Write report.html from the results and the collection in `out`."""
+    table, apexes = model.place(view)
     with (out / RESULTS).open(encoding="utf-8") as lines:
         results = [json.loads(line) for line in lines]
     rows = Collection.open(out).to_arrow(["id", "vector", "text_vector"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from hysafe.encoder.towers import Towers
 from hysafe.errors import ModelError
 from hysafe.geometry import BoundedScalar, Curvature, Points
 
-__all__ = ["PREPROCESSING_VERSION", "HyperbolicEncoder", "bank_hash"]
+__all__ = ["PREPROCESSING_VERSION", "HyperbolicEncoder", "bank_hash", "state_hash"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # Part of every model's hash: raise it when the pixels a tower sees change.
@@ -188,15 +188,7 @@ class HyperbolicEncoder(
         """First 16 hex digits of the sha256 of config, own weights and preprocessing version."""
         if self._known_hash:
             return self._known_hash
-        digest = hashlib.sha256()
-        header = {"config": self.config, "preprocessing": PREPROCESSING_VERSION}
-        digest.update(json.dumps(header, sort_keys=True).encode())
-        for key, value in sorted(self._own_state().items()):
-            digest.update(key.encode())
-            # flat first: a channels-last 1x1 kernel counts as contiguous with odd strides
-            flat = value.detach().cpu().reshape(-1).clone()
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return state_hash(self.config, self._own_state())
 
     def _own_state(self) -> dict[str, Tensor]:
         state = {k: v for k, v in self.state_dict().items() if not k.startswith("towers.")}
@@ -272,6 +264,19 @@ class HyperbolicEncoder(
             model_id, allow_patterns=["*.json", "*.safetensors", "*.md", "*.yaml"], **kwargs
         )
         return cls.load_directory(folder)
+
+
+def state_hash(config: dict[str, Any], state: Mapping[str, Tensor]) -> str:
+    """Hash of a model from its config and own weights, see :meth:`HyperbolicEncoder.hash`."""
+    digest = hashlib.sha256()
+    header = {"config": config, "preprocessing": PREPROCESSING_VERSION}
+    digest.update(json.dumps(header, sort_keys=True).encode())
+    for key, value in sorted(state.items()):
+        digest.update(key.encode())
+        # flat first: a channels-last 1x1 kernel counts as contiguous with odd strides
+        flat = value.detach().cpu().reshape(-1).clone()
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def bank_hash(phrases: Sequence[str]) -> str:

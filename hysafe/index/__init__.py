@@ -1,5 +1,12 @@
 """Collections on disk."""
 
-from hysafe.index.collection import Collection, CollectionMeta, CollectionWriter
+from hysafe.index.collection import (
+    Collection,
+    CollectionMeta,
+    CollectionWriter,
+    Decision,
+    EncodedItem,
+    Row,
+)
 
-__all__ = ["Collection", "CollectionMeta", "CollectionWriter"]
+__all__ = ["Collection", "CollectionMeta", "CollectionWriter", "Decision", "EncodedItem", "Row"]

@@ -1,28 +1,49 @@
 """The one file that imports LanceDB: a scanned collection on disk.
 
-A row holds the item's tangent vectors (its own and that of its text, where a picture has both),
-its scores and its rating. Curvature and hashes are in the table's metadata.
+A row holds all points that the encoder gave an item (as tangent vectors at the origin), what else a
+judgement needs, and the judgement: scores and rating. Curvature, hashes and the policy are in the
+table's metadata. With them an item can be judged again without its picture or text.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import pyarrow as pa
 
-from hysafe.errors import CollectionError, ShapeError
-from hysafe.types import Result
+from hysafe.errors import CollectionError, ConfigError, InputError, ShapeError
+from hysafe.types import ErrorRecord, Modality, Rating, Result
 
-__all__ = ["Collection", "CollectionMeta", "CollectionWriter"]
+if TYPE_CHECKING:
+    from hysafe.geometry import Points
+    from hysafe.index.search import Hit, PointIndex
 
-TABLE = "items"
+__all__ = [
+    *("Collection", "CollectionMeta", "CollectionWriter", "Decision", "EncodedItem", "Row"),
+    "matrix",
+]
+
+TABLE, DECISIONS = "items", "decisions"
 METADATA_KEY = b"hysafe"
-FORMAT = 1
+FORMAT = 2
+# Characters of an item's own text kept in the table, to be shown and searched; the judgement needs
+# none of it.
+TEXT_KEPT = 2000
+# Rows read at once.
+READ_ROWS = 8192
+VECTORS = ("vector", "text_vector", "points")
+# Columns from which an item can be judged again.
+ENCODED = (
+    *("id", "source", "modality", "content_hash", "vector", "text_vector", "points", "channels"),
+    *("cut", "text", "read_text", "error", "error_message"),
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +54,10 @@ class CollectionMeta:
         dim: D. c: curvature magnitude. geometry: lorentz or euclidean.
         model, taxonomy, policy: hashes. model_name: as given by the user.
         nodes: ids of the category scores, in their order.
+        policy_name, rules: the policy itself, as in its file.
+        reading: the model's hash in the results: with the reader of text in pictures, if any.
+        reads: text in pictures was read.
+        stamp: of this writing of the table; two tables never share one.
     """
 
     dim: int
@@ -43,69 +68,170 @@ class CollectionMeta:
     policy: str
     model_name: str
     nodes: tuple[str, ...]
+    policy_name: str = "default"
+    rules: Mapping[str, Any] = field(default_factory=dict)
+    reading: str = ""
+    reads: bool = False
+    stamp: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)
     format: int = FORMAT
+
+    def schema(self) -> pa.Schema:
+        """Schema of the table, with these data as its metadata."""
+        payload = json.dumps(asdict(self), ensure_ascii=False).encode()
+        return _schema(self).with_metadata({METADATA_KEY: payload})
+
+
+@dataclass(frozen=True)
+class EncodedItem:
+    """An item as the encoder saw it: with model and policy, all that its judgement depends on.
+
+    Args:
+        id, source, modality, content_hash, error: as in :class:`hysafe.types.Item`.
+        points: tangent vectors [W, D] by channel (``image``, ``text``, ``ocr``); W > 1 where a
+            long text went through several windows.
+        cut: channels whose text was too long to be read whole.
+        text: the item's own text. read_text: what was read in its picture.
+    """
+
+    id: str
+    source: str
+    modality: Modality
+    content_hash: str
+    points: Mapping[str, np.ndarray]
+    cut: frozenset[str] = frozenset()
+    text: str = ""
+    read_text: str = ""
+    error: ErrorRecord | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a row of the table is written from.
+
+    Args:
+        item: the encoded item. result: its judgement.
+        vector: tangent vector [D] of the item (the picture's, else the text's).
+        text_vector: of the text of an item with a picture, read or given.
+        scores: category scores [len(meta.nodes)].
+    """
+
+    item: EncodedItem
+    result: Result
+    vector: np.ndarray | None = None
+    text_vector: np.ndarray | None = None
+    scores: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a person decided on an item.
+
+    Args:
+        id: of the item. rating: safe, unsafe or review.
+        author: who. time: when, ISO 8601. reason: why, in words.
+        content_hash: of what was decided on; a decision does not hold for other content.
+    """
+
+    id: str
+    rating: Rating
+    author: str
+    time: str
+    reason: str = ""
+    content_hash: str = ""
+
+    @property
+    def moment(self) -> datetime:
+        """The time; one without a zone is UTC."""
+        parsed = datetime.fromisoformat(self.time)
+        return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
+
+
+class Judge(Protocol):
+    """What a collection asks of a model; :class:`hysafe.app.pipeline.SafetyModel` is one."""
+
+    def rescore(self, collection: Collection, policy: Any = None, **options: Any) -> Any: ...
+
+    def add(self, collection: Collection, paths: Sequence[str], **options: Any) -> Any: ...
 
 
 class CollectionWriter:
-    """Appends batches of results to a new table; the table is whole after every batch."""
+    """Appends batches of results to a new table; the table is whole after every batch.
+
+    A table that is there stays as an older version.
+    """
 
     def __init__(self, folder: Path, meta: CollectionMeta) -> None:
         import lancedb
 
         self.meta = meta
-        payload = json.dumps({**meta.__dict__, "nodes": list(meta.nodes)}).encode()
-        self.schema = _schema(meta).with_metadata({METADATA_KEY: payload})
         self._table = lancedb.connect(str(folder)).create_table(
-            TABLE, schema=self.schema, mode="overwrite"
+            TABLE, schema=meta.schema(), mode="overwrite"
         )
 
-    def append(
-        self,
-        results: Sequence[Result],
-        vectors: Sequence[np.ndarray | None],
-        text_vectors: Sequence[np.ndarray | None],
-        scores: Sequence[np.ndarray | None],
-    ) -> None:
+    @classmethod
+    def write(cls, folder: Path, meta: CollectionMeta, batches: Iterable[Sequence[Row]]) -> int:
+        """Write a whole table as one new version, which appears at the end or not at all.
+
+        Returns:
+            Number of the version.
+        """
+        import lancedb
+
+        schema = meta.schema()
+        encoded = (b for rows in batches for b in encode_rows(rows, meta).to_batches())
+        table = lancedb.connect(str(folder)).create_table(
+            TABLE,
+            data=pa.RecordBatchReader.from_batches(schema, encoded),
+            schema=schema,
+            mode="overwrite",
+            on_bad_vectors="null",  # an item without a point is no bad vector
+        )
+        return int(table.version)
+
+    def append(self, rows: Sequence[Row]) -> None:
         """Add rows.
 
-        Args:
-            results: n results.
-            vectors: tangent vector [D] of each item (the picture's, else the text's).
-            text_vectors: of the text of an item with a picture, read or given.
-            scores: category scores [len(meta.nodes)].
-
         Raises:
-            ShapeError: the sequences differ in length, or an array in width.
+            ShapeError: an array has the wrong width.
         """
-        counts = [len(results), len(vectors), len(text_vectors), len(scores)]
-        if len(set(counts)) > 1:
-            raise ShapeError(
-                f"append: got {counts} results, vectors, text vectors and scores, wanted one of "
-                "each for every row. Give None where there is none."
-            )
-        dim, width = self.meta.dim, len(self.meta.nodes)
-        top = [r.paths[0] if r.paths else None for r in results]
-        columns: dict[str, Any] = {
-            "id": [r.id for r in results],
-            "source": [r.source for r in results],
-            "modality": [r.modality for r in results],
-            "content_hash": [r.hashes.content for r in results],
-            "vector": _vectors(vectors, dim),
-            "text_vector": _vectors(text_vectors, dim),
-            "scores": _vectors(scores, width),
-            "rating": [r.rating for r in results],
-            "p_unsafe": [r.p_unsafe for r in results],
-            "node": [t.node if t else None for t in top],
-            "novelty_policy": [r.novelty.policy for r in results],
-            "novelty_distribution": [r.novelty.distribution for r in results],
-            "radius": [r.radius for r in results],
-            "error": [r.error.type if r.error else None for r in results],
-        }
-        arrays = [
-            v if isinstance(v, pa.Array) else pa.array(v, type=self.schema.field(k).type)
-            for k, v in columns.items()
-        ]
-        self._table.add(pa.Table.from_arrays(arrays, schema=self.schema))
+        self._table.add(encode_rows(rows, self.meta))
+
+
+def encode_rows(rows: Sequence[Row], meta: CollectionMeta) -> pa.Table:
+    """Rows as a table in the collection's schema."""
+    dim, schema = meta.dim, meta.schema()
+    results = [r.result for r in rows]
+    top = [r.paths[0] if r.paths else None for r in results]
+    points = [_all_points(r, dim) for r in rows]
+    columns: dict[str, Any] = {
+        "id": [r.id for r in results],
+        "source": [r.source for r in results],
+        "modality": [r.modality for r in results],
+        "content_hash": [r.hashes.content for r in results],
+        "vector": _vectors([r.vector for r in rows], dim),
+        "text_vector": _vectors([r.text_vector for r in rows], dim),
+        "points": _lists(points, dim),
+        "channels": [
+            [name for name, p in r.item.points.items() for _ in range(len(p))] for r in rows
+        ],
+        "cut": [sorted(r.item.cut) for r in rows],
+        "text": [_plain(r.item.text[:TEXT_KEPT]) for r in rows],
+        "read_text": [_plain(r.item.read_text) for r in rows],
+        "scores": _vectors([r.scores for r in rows], len(meta.nodes)),
+        "rating": [r.rating for r in results],
+        "p_unsafe": [r.p_unsafe for r in results],
+        "node": [t.node if t else None for t in top],
+        "novelty_policy": [r.novelty.policy for r in results],
+        "novelty_distribution": [r.novelty.distribution for r in results],
+        "radius": [r.radius for r in results],
+        "error": [r.error.type if r.error else None for r in results],
+        "error_message": [_plain(r.error.message) if r.error else None for r in results],
+    }
+    arrays = [
+        v if isinstance(v, pa.Array) else pa.array(v, type=schema.field(k).type)
+        for k, v in columns.items()
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 class Collection:
@@ -117,6 +243,7 @@ class Collection:
 
     def __init__(self, folder: Path, table: Any, meta: CollectionMeta) -> None:
         self.folder, self._table, self.meta = folder, table, meta
+        self._index: PointIndex | None = None
 
     @classmethod
     def open(cls, folder: str | Path) -> Collection:
@@ -161,6 +288,11 @@ class Collection:
     def __len__(self) -> int:
         return int(self._table.count_rows())
 
+    @property
+    def version(self) -> int:
+        """Version of the table; every change makes a new one."""
+        return int(self._table.version)
+
     def to_arrow(self, columns: Iterable[str] | None = None) -> pa.Table:
         """All rows, in the order they were scanned."""
         query = self._table.search()
@@ -168,10 +300,257 @@ class Collection:
             query = query.select(list(columns))
         return query.limit(None).to_arrow()
 
+    def batches(
+        self, columns: Iterable[str] | None = None, *, size: int = READ_ROWS
+    ) -> Iterator[pa.RecordBatch]:
+        """All rows in batches of at most `size`, in the order they were scanned."""
+        query = self._table.search()
+        if columns is not None:
+            query = query.select(list(columns))
+        yield from query.limit(None).to_batches(size)
+
+    def items(self, *, size: int = READ_ROWS) -> Iterator[list[EncodedItem]]:
+        """All items as the encoder saw them, in batches."""
+        for batch in self.batches(ENCODED, size=size):
+            yield decode_rows(batch, self.meta)
+
+    def take(self, rows: Sequence[int]) -> list[EncodedItem]:
+        """Items by their place in the scan, in the order of `rows`."""
+        table = self.take_table(rows, ENCODED)
+        return decode_rows(table, self.meta)
+
+    def take_table(self, rows: Sequence[int], columns: Iterable[str]) -> pa.Table:
+        """Columns of some rows, in the order of `rows` (places in the scan)."""
+        columns = list(columns)
+        places = sorted(set(map(int, rows)))
+        if not places:
+            return pa.table({c: pa.array([], self._table.schema.field(c).type) for c in columns})
+        table = self._table.take_offsets(places).select(columns).to_arrow()
+        position = {place: i for i, place in enumerate(places)}
+        return table.take([position[int(row)] for row in rows])
+
+    def places(self, where: str | None = None) -> np.ndarray:
+        """Places in the scan of the rows that an SQL filter holds for, ascending.
+
+        Raises:
+            ConfigError: the filter is not valid SQL, or names a column that is not there.
+        """
+        if where is None:
+            return np.arange(len(self))
+        try:
+            query = self._table.search().where(where).select(["rating"]).with_row_id(True)
+            found = query.limit(None).to_arrow()["_rowid"].to_numpy()
+        except (ValueError, RuntimeError, OSError) as error:
+            detail = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"filter {where!r}: {detail}. Columns: {', '.join(self._table.schema.names)}."
+            ) from error
+        every = self._table.search().select(["rating"]).with_row_id(True).limit(None).to_arrow()
+        return np.flatnonzero(np.isin(every["_rowid"].to_numpy(), found))
+
+    def place_of(self, item_id: str) -> int:
+        """Place in the scan of an item.
+
+        Raises:
+            ConfigError: no item has this id.
+        """
+        quoted = item_id.replace("'", "''")
+        places = self.places(f"id = '{quoted}'")
+        if not len(places):
+            raise ConfigError(
+                f"{self.folder}: no item has the id {item_id!r}. Ids stand in results.jsonl."
+            )
+        return int(places[0])
+
+    # ------------------------------------------------------------ change
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Add rows, judged by the collection's model under its policy."""
+        self._table.add(encode_rows(rows, self.meta))
+
+    def rescore(self, model: Judge, policy: Any = None, **options: Any) -> Any:
+        """Judge all items again under a policy; see :func:`hysafe.app.rescore.rescore`.
+
+        A rescore in place makes a new version of the table: open the collection again to see it.
+        """
+        return model.rescore(self, policy, **options)
+
+    def add(self, model: Judge, paths: Sequence[str], **options: Any) -> Any:
+        """Scan more paths into the collection; see :func:`hysafe.app.scan.add`."""
+        return model.add(self, paths, **options)
+
+    # ------------------------------------------------------------ decisions of people
+
+    def decisions(self) -> dict[str, Decision]:
+        """The latest decision on each item, by id, as far as it holds for the item's content."""
+        latest: dict[str, Decision] = {}
+        for decision in self.all_decisions():
+            known = latest.get(decision.id)
+            if known is None or decision.moment >= known.moment:
+                latest[decision.id] = decision
+        if not latest:
+            return {}
+        table = self.to_arrow(["id", "content_hash"])
+        ids, hashes = table["id"].to_pylist(), table["content_hash"].to_pylist()
+        current = dict(zip(ids, hashes, strict=True))
+        return {k: d for k, d in latest.items() if current.get(k) == d.content_hash}
+
+    def all_decisions(self) -> list[Decision]:
+        """All decisions, in the order they were imported."""
+        import lancedb
+
+        if not (self.folder / f"{DECISIONS}.lance").is_dir():
+            return []
+        table = lancedb.connect(str(self.folder)).open_table(DECISIONS)
+        return [Decision(**row) for row in table.search().limit(None).to_arrow().to_pylist()]
+
+    def decide(self, decisions: Sequence[Decision]) -> int:
+        """Keep decisions beside the items; ones that are known already are not doubled.
+
+        Args:
+            decisions: their content hash is filled in from the item where it is "".
+
+        Returns:
+            How many were new.
+
+        Raises:
+            InputError: no item has the id, or the time is no ISO 8601 time. Nothing is kept then.
+        """
+        import lancedb
+
+        table = self.to_arrow(["id", "content_hash"])
+        current = dict(zip(table["id"].to_pylist(), table["content_hash"].to_pylist(), strict=True))
+        known = set(self.all_decisions())
+        new: dict[Decision, None] = {}
+        for decision in decisions:
+            if decision.id not in current:
+                raise InputError(
+                    f"{self.folder}: no item has the id {decision.id!r}. Ids stand in "
+                    "results.jsonl."
+                )
+            try:
+                _ = decision.moment
+            except ValueError as error:
+                raise InputError(
+                    f"{decision.id}: time {decision.time!r} is not ISO 8601 ({error}). Write "
+                    "2026-03-01T12:00:00Z."
+                ) from error
+            if not decision.content_hash:
+                decision = replace(decision, content_hash=current[decision.id])
+            if decision not in known:
+                new[decision] = None
+        if new:
+            schema = pa.schema([pa.field(f.name, pa.string()) for f in fields(Decision)])
+            rows = pa.Table.from_pylist([asdict(d) for d in new], schema=schema)
+            database = lancedb.connect(str(self.folder))
+            database.create_table(DECISIONS, schema=schema, exist_ok=True).add(rows)
+        return len(new)
+
+    # ------------------------------------------------------------ search
+
+    @property
+    def index(self) -> PointIndex:
+        """The index of all points, built where it is missing or stale."""
+        from hysafe.index.search import PointIndex
+
+        if self._index is None or not self._index.fits(self):
+            self._index = PointIndex.open(self)
+        return self._index
+
+    def search(
+        self, query: Points, *, model: str, k: int = 50, where: str | None = None
+    ) -> list[list[Hit]]:
+        """The k items nearest to each query, nearest first; exact.
+
+        Args:
+            query: points [Q, D], encoded by the collection's model.
+            model: hash of the model that encoded them, ``SafetyModel.hash``.
+            where: SQL filter over the columns of the table.
+
+        Raises:
+            CollectionError: the query comes from another model.
+        """
+        self.check_model(model)
+        rows = None if where is None else self.places(where)
+        return self.index.search(query, k, rows=rows)
+
+    def like(self, item_id: str, *, k: int = 50, where: str | None = None) -> list[Hit]:
+        """The k items nearest to an item of the collection (to any of its points), nearest first.
+
+        Raises:
+            CollectionError: the item has no point.
+        """
+        from hysafe.index.search import nearest_of
+
+        place = self.place_of(item_id)
+        (item,) = self.take([place])
+        if not item.points:
+            raise CollectionError(
+                f"{item_id}: the item could not be read, so it has no point. Take another one."
+            )
+        query = self.points(np.concatenate(list(item.points.values())))
+        rows = self.places(where)
+        return nearest_of(self.index.search(query, k, rows=rows[rows != place]), k)
+
+    def points(self, tangents: np.ndarray) -> Points:
+        """Points [n, D] of this collection's space from tangent vectors, in float64."""
+        import torch
+
+        from hysafe.geometry import Points
+
+        v = torch.from_numpy(np.ascontiguousarray(tangents)).double()
+        return Points.from_tangent(v, self.meta.c, self.meta.geometry)
+
+    def check_model(self, model: str) -> None:
+        """See that a model hash is that of the collection.
+
+        Raises:
+            CollectionError: it is another one: its points mean something else.
+        """
+        if model != self.meta.model:
+            raise CollectionError(
+                f"{self.folder}: scanned with the model {self.meta.model_name} "
+                f"({self.meta.model}), and this is {model}. Points of two models cannot be "
+                "compared: load the model of the scan, or scan again."
+            )
+
     def vectors(self) -> tuple[list[str], np.ndarray]:
         """Ids and tangent vectors [n, D]; NaN rows for items without a point."""
         table = self.to_arrow(["id", "vector"])
         return table["id"].to_pylist(), matrix(table["vector"], self.meta.dim)
+
+
+def decode_rows(batch: pa.RecordBatch | pa.Table, meta: CollectionMeta) -> list[EncodedItem]:
+    """Items of rows with the columns :data:`ENCODED`."""
+    data = {name: batch[name].to_pylist() for name in ENCODED if name not in VECTORS}
+    vectors, texts = (matrix(batch[name], meta.dim) for name in ("vector", "text_vector"))
+    many = batch["points"].to_pylist() if batch["points"].null_count < len(vectors) else None
+    items = []
+    for k, name in enumerate(data["id"]):
+        channels = data["channels"][k]
+        if many is not None and many[k] is not None:
+            stack = np.array(many[k], dtype=np.float32).reshape(-1, meta.dim)
+        else:
+            stack = np.stack((vectors[k], texts[k]))[: len(channels)]
+        points = {
+            c: stack[[i for i, other in enumerate(channels) if other == c]]
+            for c in dict.fromkeys(channels)
+        }
+        kind = data["error"][k]
+        items.append(
+            EncodedItem(
+                name,
+                data["source"][k],
+                cast(Modality, data["modality"][k]),
+                data["content_hash"][k],
+                points,
+                frozenset(data["cut"][k]),
+                data["text"][k],
+                data["read_text"][k],
+                None if kind is None else ErrorRecord(kind, data["error_message"][k]),
+            )
+        )
+    return items
 
 
 def matrix(column: Any, width: int) -> np.ndarray:
@@ -196,6 +575,12 @@ def _schema(meta: CollectionMeta) -> pa.Schema:
             pa.field("content_hash", pa.string()),
             pa.field("vector", vector),
             pa.field("text_vector", vector),
+            # all points, where an item has more than these two; the channel of each point
+            pa.field("points", pa.list_(vector)),
+            pa.field("channels", pa.list_(pa.string())),
+            pa.field("cut", pa.list_(pa.string())),
+            pa.field("text", pa.string()),
+            pa.field("read_text", pa.string()),
             pa.field("scores", pa.list_(pa.float32(), len(meta.nodes))),
             pa.field("rating", pa.string()),
             pa.field("p_unsafe", pa.float32()),
@@ -204,6 +589,7 @@ def _schema(meta: CollectionMeta) -> pa.Schema:
             pa.field("novelty_distribution", pa.float32()),
             pa.field("radius", pa.float32()),
             pa.field("error", pa.string()),
+            pa.field("error_message", pa.string()),
         ]
     )
 
@@ -216,3 +602,32 @@ def _vectors(values: Sequence[np.ndarray | None], width: int) -> pa.Array:
     flat = pa.array(np.concatenate(rows) if rows else np.empty(0, np.float32), type=pa.float32())
     mask = pa.array([v is None for v in values], type=pa.bool_())
     return pa.FixedSizeListArray.from_arrays(flat, width, mask=mask)
+
+
+def _all_points(row: Row, dim: int) -> np.ndarray | None:
+    """All points [P, D] of an item that has more of them than `vector` and `text_vector` hold."""
+    points = list(row.item.points.values())
+    if len(points) <= 2 and all(len(p) == 1 for p in points):
+        return None
+    stack = np.concatenate(points).astype(np.float32)
+    if stack.ndim != 2 or stack.shape[1] != dim:
+        raise ShapeError(f"append: got points of shape {stack.shape}, wanted (P, {dim}).")
+    return stack
+
+
+def _lists(values: Sequence[np.ndarray | None], width: int) -> pa.Array:
+    """Arrays [P, D] or None -> a column of lists of vectors."""
+    sizes = [0 if v is None else len(v) for v in values]
+    offsets: list[int | None] = [0]
+    for size in sizes:
+        offsets.append(int(offsets[-1] or 0) + size)
+    ends = [None if v is None else offsets[k] for k, v in enumerate(values)] + offsets[-1:]
+    rows = [v.reshape(-1) for v in values if v is not None]
+    flat = pa.array(np.concatenate(rows) if rows else np.empty(0, np.float32), type=pa.float32())
+    vectors = pa.FixedSizeListArray.from_arrays(flat, width)
+    return pa.ListArray.from_arrays(pa.array(ends, type=pa.int32()), vectors)
+
+
+def _plain(text: str) -> str:
+    """Text that Arrow can hold: half surrogate pairs become question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -127,7 +127,7 @@ def score_margins(
         gain = at_risk[:, risk] - logits[:, risk]  # log of the active share
         within[:, risk] = torch.softmax(logits[:, risk] / temperature + gain, dim=-1)
     leaf = within * p_unsafe[:, None]
-    nodes = torch.minimum(leaf @ table.below, p_unsafe[:, None])  # sums round up
+    nodes = torch.minimum(leaf @ table.below.to(leaf.dtype), p_unsafe[:, None])  # sums round up
     if len(table.concepts):
         on = shares * table.concept_active
         total = _per_leaf(on, table).clamp_min(torch.finfo(on.dtype).tiny)

@@ -106,6 +106,14 @@ class Policy:
         rules = {k: _rule(k, v, origin) for k, v in nodes.items()}
         return cls(str(data.get("name") or pathlib.Path(origin).stem), rules, origin)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in a policy file; :meth:`from_dict` gives an equal policy back."""
+        nodes = {}
+        for node_id, rule in self.rules.items():
+            settings = asdict(rule) | {"synonyms": list(rule.synonyms)}
+            nodes[node_id] = {k: v for k, v in settings.items() if v not in (None, [])}
+        return {"name": self.name, "nodes": nodes}
+
     @cached_property
     def hash(self) -> str:
         """First 16 hex digits of the sha256 of the rules (the name does not count)."""

@@ -1,0 +1,271 @@
+"""A collection judged again under another policy: from its stored points, without its pictures."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hysafe.app.gallery import Card, card_of, write_gallery
+from hysafe.app.pipeline import SafetyModel
+from hysafe.app.scan import (
+    REPORT,
+    RESULTS,
+    ScanSummary,
+    Shown,
+    collection_meta,
+    report_scan,
+    result_line,
+)
+from hysafe.app.search import decision_words
+from hysafe.app.stored import judge_items, read_media
+from hysafe.errors import InputError
+from hysafe.index import Collection, CollectionWriter, Decision, EncodedItem, Row
+from hysafe.taxonomy import Policy, Taxonomy
+from hysafe.types import Result
+
+__all__ = ["Change", "Diff", "RescoreSummary", "diff_json", "rescore", "write_diff"]
+
+# Changes of a kind that are kept with their items, to be shown.
+EXAMPLES = 60
+
+
+@dataclass(frozen=True)
+class Change:
+    """An item that is judged otherwise than before.
+
+    Args:
+        item: the stored item. result: its new judgement. before: the old rating.
+        node_before: node that came first before, or None.
+        decision: of a person on the item, if there is one.
+    """
+
+    item: EncodedItem
+    result: Result
+    before: str
+    node_before: str | None
+    decision: Decision | None = None
+
+    @property
+    def node(self) -> str | None:
+        """Node that comes first now."""
+        return self.result.paths[0].node if self.result.paths else None
+
+
+@dataclass
+class Diff:
+    """What a rescore changed.
+
+    Attributes:
+        ratings: (old, new) rating -> items, unchanged ones included.
+        moved: (old, new) first node -> items whose rating stayed and whose first node did not.
+        examples: kind (``newly unsafe``, ``newly safe``, ``newly review``, ``moved``) -> the first
+            items of it.
+    """
+
+    ratings: Counter[tuple[str, str]] = field(default_factory=Counter)
+    moved: Counter[tuple[str, str]] = field(default_factory=Counter)
+    examples: dict[str, list[Change]] = field(default_factory=dict)
+
+    def counts(self) -> dict[str, int]:
+        """Items of each kind of change."""
+        found = {f"newly {r}": 0 for r in ("unsafe", "safe", "review")}
+        for (old, new), count in self.ratings.items():
+            if old != new:
+                found[f"newly {new}"] += count
+        return found | {"moved": sum(self.moved.values())}
+
+    def add(self, change: Change) -> None:
+        """Count an item."""
+        self.ratings[change.before, change.result.rating] += 1
+        kind = f"newly {change.result.rating}"
+        if change.before == change.result.rating:
+            if change.node == change.node_before:
+                return
+            self.moved[change.node_before or "", change.node or ""] += 1
+            kind = "moved"
+        kept = self.examples.setdefault(kind, [])
+        if len(kept) < EXAMPLES:
+            kept.append(change)
+
+
+@dataclass
+class RescoreSummary:
+    """What a rescore did.
+
+    Attributes:
+        scan: counts as of a scan. diff: what changed. version: of the table.
+        encoded: towers had to be loaded, for new text nodes.
+    """
+
+    scan: ScanSummary
+    diff: Diff
+    version: int = 0
+    encoded: bool = False
+
+
+def rescore(
+    collection: Collection,
+    model: SafetyModel,
+    policy: Policy | None = None,
+    *,
+    out: str | Path | None = None,
+    report: bool | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> RescoreSummary:
+    """Judge all items of a collection again and write a new version of its table and results.
+
+    The results are those that a scan under the policy would give.
+
+    Args:
+        model: that of the collection; its towers are needed only for nodes that the policy adds or
+            describes anew, the first time.
+        policy: the default policy where None.
+        out: folder for the new collection; by default the collection itself, whose table then gets
+            a new version.
+        report: write report.html, with the pictures and texts whose sources are still there; by
+            default where the collection has one.
+        progress: called with the number of rows done.
+
+    Raises:
+        CollectionError: another model. InputError: `out` cannot be written.
+    """
+    collection.check_model(model.hash)
+    view = model.view(policy)
+    model.place(view)
+    target = collection.folder if out is None else Path(out)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--out {target}: cannot be made ({error.strerror}). Name another folder."
+        ) from error
+    if report is None:
+        report = (collection.folder / REPORT).is_file()
+    stored = collection.meta
+    reading = stored.reading or model.hash
+    meta = collection_meta(model, view, reading=reading, reads=stored.reads)
+    summary = RescoreSummary(ScanSummary(target), Diff())
+    shown: list[tuple[EncodedItem, Result]] = []
+    room = Shown()
+    partial = target / f"{RESULTS}.part"
+    try:
+        lines = partial.open("w", encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"{partial}: cannot be written ({error.strerror}). Name another folder with --out."
+        ) from error
+    with lines:
+
+        def judged() -> Iterator[list[Row]]:
+            old, decisions = _old_ratings(collection), collection.decisions()
+            for items in collection.items():
+                rows = [j.row for j in judge_items(collection, model, view, items)]
+                for row in rows:
+                    lines.write(result_line(row.result))
+                    summary.scan.count(row.result)
+                    decision = decisions.get(row.item.id)
+                    summary.diff.add(Change(row.item, row.result, *next(old), decision))
+                    if report and room.wants(row.result):
+                        room.add(row.result, row.item.text or row.item.read_text, None)
+                        shown.append((row.item, row.result))
+                if progress:
+                    progress(summary.scan.items)
+                yield rows
+
+        try:
+            summary.version = CollectionWriter.write(target, meta, judged())
+        except BaseException:  # an interrupted rescore leaves the collection as it was
+            partial.unlink(missing_ok=True)
+            raise
+    partial.replace(target / RESULTS)
+    if target.resolve() != collection.folder.resolve():
+        Collection.open(target).decide(collection.all_decisions())
+    summary.encoded = bool(getattr(model.encoder, "towers_loaded", True))
+    if report:
+        media = read_media(item for item, result in shown if result.p_unsafe is not None)
+        whole = Shown()
+        for item, result in shown:
+            seen = media.get(item.id)
+            whole.add(result, item.text or item.read_text, seen.image if seen else None)
+        report_scan(target, model, view, whole, "")
+    else:  # one of the old ratings would contradict the new ones
+        (target / REPORT).unlink(missing_ok=True)
+    return summary
+
+
+def _old_ratings(collection: Collection) -> Iterator[tuple[str, str | None]]:
+    for batch in collection.batches(["rating", "node"]):
+        yield from zip(batch["rating"].to_pylist(), batch["node"].to_pylist(), strict=True)
+
+
+def write_diff(
+    path: Path, diff: Diff, collection: Collection, taxonomy: Taxonomy, policy: str
+) -> None:
+    """Write what changed as a page with pictures.
+
+    Args:
+        taxonomy: of the new view. policy: name of the new policy.
+    """
+    changes = [c for kept in diff.examples.values() for c in kept]
+    media = read_media(c.item for c in changes)
+    counts = diff.counts()
+
+    def card(change: Change) -> Card:
+        seen = media.get(change.item.id)
+        return card_of(
+            change.result,
+            taxonomy,
+            lead=f"was {change.before}",
+            text=change.item.text or change.item.read_text,
+            image=seen.image if seen else None,
+            lines=[
+                f"{_node(change.node_before, taxonomy)} → {_node(change.node, taxonomy)}",
+                *([decision_words(change.decision)] if change.decision else []),
+            ],
+        )
+
+    sections = [
+        (f"{kind.capitalize()}: {counts[kind]:,}" + (f", first {len(kept)}"
+         if len(kept) < counts[kind] else ""), [card(c) for c in kept])
+        for kind in counts if (kept := diff.examples.get(kind))
+    ]  # fmt: skip
+    facts = {
+        "Collection": str(collection.folder),
+        "Items": f"{sum(diff.ratings.values()):,}",
+        "Policy before": collection.meta.policy_name,
+        "Policy now": policy,
+    }
+    write_gallery(path, "What the new policy changes", facts, sections)
+
+
+def diff_line(change: Change, kind: str) -> dict[str, Any]:
+    """A change as plain data."""
+    line = {
+        "change": kind,
+        "id": change.result.id,
+        "source": change.result.source,
+        "rating_before": change.before,
+        "rating": change.result.rating,
+        "node_before": change.node_before,
+        "node": change.node,
+    }
+    if change.decision is not None:
+        line["decision"] = change.decision.rating
+    return line
+
+
+def diff_json(diff: Diff) -> str:
+    """Counts, then the examples, as JSON lines."""
+    lines: list[Mapping[str, Any]] = [{"counts": diff.counts()}]
+    lines += [diff_line(c, kind) for kind, kept in diff.examples.items() for c in kept]
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def _node(node: str | None, taxonomy: Taxonomy) -> str:
+    if node is None:
+        return "no node"
+    return f"{node} {taxonomy[node].name}" if node in taxonomy else node

@@ -1,0 +1,342 @@
+"""A rescore gives what a scan under the policy would give, from stored points alone."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lancedb
+import numpy as np
+import pytest
+from PIL import Image
+
+from hysafe.app import pipeline
+from hysafe.app.cli import main
+from hysafe.app.pipeline import SafetyModel, ScanOptions
+from hysafe.app.rescore import diff_json, rescore, write_diff
+from hysafe.app.scan import scan
+from hysafe.app.stored import model_of
+from hysafe.errors import CollectionError
+from hysafe.index import Collection
+from hysafe.score.calibration import Calibration, ModalityCalibration
+from hysafe.taxonomy import Policy
+
+POLICY = {
+    "name": "shop",
+    "nodes": {
+        "D1": {"status": "non_violating"},
+        "6.1": {"status": "sensitive", "threshold": 0.05},
+        "7.4.1": {"status": "non_violating"},
+        "x.1": {"parent": "D6", "name": "Laser pointers", "definition": "Sale of laser pointers.",
+                "synonyms": ["laser pointer sale"]},
+    },
+}  # fmt: skip
+ROUNDING = 1.01e-4  # results are rounded to four digits
+
+
+def png(color: tuple[int, int, int]) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 40), color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class Reader:
+    """Reads a long text in red pictures, a short one in blue ones, fails on green ones."""
+
+    version = "reader 1"
+
+    def read(self, image: Any, content_hash: str) -> Any:
+        from hysafe.errors import InputError
+
+        red, green, blue = image.resize((1, 1)).getpixel((0, 0))
+        if green > 150:
+            raise InputError("the engine failed")
+        text = "a weapon shop with many offers " * 30 if red > 150 else "hello" * (blue > 150)
+        return type("Read", (), {"text": text})()
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: SafetyModel) -> SafetyModel:
+    """The random model with a calibration, so that novelty has values."""
+    grid = tuple(np.linspace(-30, 30, 200))
+    fit = ModalityCalibration(0.8, 0.1, 1.2, grid, grid, 200)
+    made = SafetyModel(
+        tiny_model.encoder, calibration=Calibration({"text": fit, "image": fit}), name="whole"
+    )
+    made._features = tiny_model._features
+    return made
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures with long, short, no and unreadable text, given texts, long texts, broken input."""
+    folder = tmp_path_factory.mktemp("rescore") / "in"
+    folder.mkdir()
+    for name, color in (
+        ("red", (220, 20, 20)), ("green", (20, 220, 20)), ("blue", (20, 20, 220)),
+        ("dark", (9, 9, 9)),
+    ):  # fmt: skip
+        (folder / f"{name}.png").write_bytes(png(color))
+    (folder / "broken.png").write_bytes(png((1, 1, 1))[:50])
+    rows = [{"text": f"sentence {i} about a laser pointer " * (i + 1)} for i in range(12)]
+    rows.append({"text": "one two three " * 4000})  # cut
+    rows.append({"text": "a caption " * 40, "image": "red.png"})  # three channels, windows
+    rows.append({"text": "a caption", "image": "dark.png"})
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "rows.jsonl").write_text(lines + "{broken\n" + '{"text": ""}\n')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def default_scan(
+    source: Path, model: SafetyModel, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A scan of all of it under the default policy, to be copied."""
+    folder = tmp_path_factory.mktemp("default") / "out"
+    scanned(source, folder, model, None)
+    return folder
+
+
+@pytest.fixture
+def default(default_scan: Path, tmp_path: Path) -> Collection:
+    return Collection.open(shutil.copytree(default_scan, tmp_path / "old"))
+
+
+@pytest.fixture(scope="module")
+def small_scan(tiny_model: SafetyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four texts, scanned by the random model as it lies on disk."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "a.txt").write_text("laser pointer sale\na street\na pistol\nhello\n")
+    scan([str(folder / "a.txt")], folder / "out", tiny_model, options=ScanOptions(8, 0),
+         report=False)  # fmt: skip
+    return folder / "out"
+
+
+def scanned(source: Path, out: Path, model: SafetyModel, policy: Policy | None) -> Collection:
+    scan([str(source)], out, model, policy=policy, ocr=Reader(), options=ScanOptions(5, 0),
+         report=False)  # fmt: skip
+    return Collection.open(out)
+
+
+def table_of(collection: Collection) -> list[dict[str, Any]]:
+    return collection.to_arrow().to_pylist()
+
+
+@pytest.mark.parametrize("rules", [{}, POLICY], ids=["default", "shop"])
+def test_under_the_policy_of_the_scan_nothing_changes_in_a_byte(
+    source: Path, default_scan: Path, tmp_path: Path, model: SafetyModel, rules: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    policy = Policy.from_dict(rules)
+    collection = (
+        scanned(source, tmp_path / "old", model, policy)
+        if rules
+        else Collection.open(shutil.copytree(default_scan, tmp_path / "old"))
+    )
+    before = table_of(collection)
+    items = [i for batch in collection.items() for i in batch]
+    assert {tuple(i.points) for i in items} >= {
+        ("image", "text", "ocr"), ("image", "ocr"), ("text",), ("image",), ()
+    }  # fmt: skip
+    assert max(len(p) for i in items for p in i.points.values()) == 32
+    monkeypatch.setattr("hysafe.index.collection.READ_ROWS", 7)  # other batches than the scan's
+    summary = rescore(collection, model, policy, out=tmp_path / "two")
+    assert (tmp_path / "two/results.jsonl").read_bytes() == (
+        tmp_path / "old/results.jsonl"
+    ).read_bytes()
+    assert table_of(Collection.open(tmp_path / "two")) == before
+    assert summary.diff.counts() == dict.fromkeys(summary.diff.counts(), 0)
+    assert sum(summary.scan.ratings.values()) == len(items)
+
+
+def test_another_policy_gives_what_a_scan_under_it_gives(
+    source: Path, default: Collection, tmp_path: Path, model: SafetyModel
+) -> None:
+    policy, collection = Policy.from_dict(POLICY), default
+    old = [json.loads(s) for s in (tmp_path / "old/results.jsonl").read_text().splitlines()]
+    fresh = scanned(source, tmp_path / "fresh", model, policy)
+    summary = rescore(collection, model, policy)
+    made = Collection.open(tmp_path / "old")
+    wanted, got = (
+        [json.loads(s) for s in (tmp_path / name / "results.jsonl").read_text().splitlines()]
+        for name in ("fresh", "old")
+    )
+    assert made.meta == fresh.meta
+    assert made.meta.policy_name == "shop"
+    differs = 0
+    for a, b, before in zip(wanted, got, old, strict=True):
+        assert a["hashes"] == b["hashes"]
+        assert a["rating"] == b["rating"]
+        assert [p["node"] for p in a["paths"]] == [p["node"] for p in b["paths"]]
+        assert a["channels"].keys() == b["channels"].keys()
+        assert a["channels"].get("decided_by") == b["channels"].get("decided_by")
+        for key in ("p_unsafe", "radius"):
+            assert a[key] == pytest.approx(b[key], abs=ROUNDING)
+        differs += b["p_unsafe"] != before["p_unsafe"]
+    assert differs > 5  # the policies do differ
+    for a, b in zip(table_of(fresh), table_of(made), strict=True):
+        for key in ("vector", "text_vector", "scores"):
+            assert (a[key] is None) == (b[key] is None)
+            if a[key] is not None:
+                np.testing.assert_allclose(a[key], b[key], atol=1e-5)
+    assert summary.scan.ratings.total() == len(wanted)
+
+
+def test_the_old_table_stays_as_a_version_and_results_match_the_table(
+    default: Collection, model: SafetyModel
+) -> None:
+    collection, folder = default, default.folder
+    before, version = collection.to_arrow(["rating"]), collection.version
+    (folder / "report.html").write_text("old")
+    summary = rescore(collection, model, Policy.from_dict(POLICY), report=False)
+    assert summary.version > version
+    assert not (folder / "report.html").exists()  # it would contradict the new ratings
+    table = lancedb.connect(str(folder)).open_table("items")
+    table.checkout(version)
+    assert table.search().select(["rating"]).limit(None).to_arrow()["rating"] == before["rating"]
+    lines = (folder / "results.jsonl").read_text().splitlines()
+    ratings = Collection.open(folder).to_arrow(["rating"])["rating"].to_pylist()
+    assert [json.loads(line)["rating"] for line in lines] == ratings
+    assert not list(folder.glob("*.part"))
+
+
+def test_a_rescore_that_fails_leaves_everything_as_it_was(
+    default: Collection, model: SafetyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collection, folder = default, default.folder
+    before = (folder / "results.jsonl").read_bytes()
+    monkeypatch.setattr("hysafe.index.collection.READ_ROWS", 7)
+
+    def fail(done: int) -> None:
+        if done > 7:
+            raise ValueError("stopped")
+
+    with pytest.raises(Exception, match="stopped"):
+        rescore(collection, model, Policy.from_dict(POLICY), progress=fail)
+    assert (folder / "results.jsonl").read_bytes() == before
+    assert Collection.open(folder).meta == collection.meta
+    assert not list(folder.glob("*.part"))
+
+
+def test_the_report_shows_the_new_ratings(default: Collection, model: SafetyModel) -> None:
+    rescore(default, model, Policy.from_dict(POLICY), report=True)
+    page = (default.folder / "report.html").read_text()
+    assert '"thumb":"' in page  # pictures are read again from their sources
+    assert "shop" in page
+
+
+def test_another_model_cannot_rescore(default: Collection, model: SafetyModel) -> None:
+    other = SafetyModel(model.encoder)
+    assert other.hash != model.hash  # another calibration
+    with pytest.raises(CollectionError, match="Points of two models"):
+        rescore(default, other)
+
+
+# ---------------------------------------------------------------- without the towers
+
+
+def test_no_tower_is_loaded_unless_a_phrase_is_new(
+    small_scan: Path, tmp_path: Path, tiny_model: SafetyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collection, cache = Collection.open(small_scan), tmp_path / "cache"
+    assert tiny_model._cache is not None
+    shutil.copytree(tiny_model._cache, cache)  # the taxonomy, no phrase of a policy
+    monkeypatch.setattr(pipeline, "_cache_folder", lambda: cache)
+
+    light = model_of(collection)
+    off = Policy.from_dict({"nodes": {"D1": {"status": "non_violating"}}})
+    assert not rescore(collection, light, off, out=tmp_path / "a").encoded
+
+    added = Policy.from_dict(POLICY)
+    first = model_of(collection)
+    assert rescore(collection, first, added, out=tmp_path / "b").encoded
+    again = model_of(collection)  # its phrases are in the cache now
+    assert not rescore(collection, again, added, out=tmp_path / "c").encoded
+    assert (tmp_path / "b/results.jsonl").read_bytes() == (
+        tmp_path / "c/results.jsonl"
+    ).read_bytes()
+
+
+# ---------------------------------------------------------------- what changed
+
+
+def test_the_difference_counts_and_shows_every_change(
+    default: Collection, tmp_path: Path, model: SafetyModel
+) -> None:
+    collection = default
+    off = {"nodes": {f"D{i}": {"status": "non_violating"} for i in range(1, 13)}}
+    summary = rescore(collection, model, Policy.from_dict(off), out=tmp_path / "two")
+    pairs = zip(
+        (r["rating"] for r in table_of(collection)),
+        (r["rating"] for r in table_of(Collection.open(tmp_path / "two"))),
+        strict=True,
+    )
+    changed = [(a, b) for a, b in pairs if a != b]
+    counts = summary.diff.counts()
+    assert counts["newly safe"] == sum(b == "safe" for _, b in changed) > 0
+    assert counts["newly unsafe"] == 0
+    assert len(summary.diff.examples["newly safe"]) == counts["newly safe"]
+    lines = [json.loads(line) for line in diff_json(summary.diff).splitlines()]
+    assert lines[0] == {"counts": counts}
+    assert all(line["rating_before"] != "safe" for line in lines if line.get("rating") == "safe")
+    write_diff(tmp_path / "diff.html", summary.diff, collection, model.taxonomy, "off")
+    page = (tmp_path / "diff.html").read_text()
+    assert "Newly safe" in page
+    assert page.count("<li>") == sum(map(len, summary.diff.examples.values()))
+
+
+def test_rescore_from_the_command_line(
+    small_scan: Path, tmp_path: Path, tiny_model: SafetyModel, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(pipeline, "_cache_folder", lambda: tiny_model._cache)
+    shutil.copytree(small_scan, tmp_path / "one")
+    policy = tmp_path / "shop.json"
+    policy.write_text(json.dumps(POLICY))
+    one, two, page = str(tmp_path / "one"), str(tmp_path / "two"), str(tmp_path / "diff.html")
+    assert main(["rescore", one, "--policy", str(policy), "--out", two, "--diff",
+                 "--html", page]) == 0  # fmt: skip
+    shown = capsys.readouterr().out
+    assert "items in" in shown
+    assert "newly unsafe" in shown
+    assert Path(page).is_file()
+    assert main(["rescore", two, "--json"]) == 0
+    assert "counts" in json.loads(capsys.readouterr().out.splitlines()[0])
+    lines = (tmp_path / "two/results.jsonl").read_text()
+    assert lines == (tmp_path / "one/results.jsonl").read_text()  # back under the default policy
+    assert main(["rescore", one, "--policy", str(tmp_path / "none.yaml")]) == 2
+    capsys.readouterr()
+
+
+def test_another_window_of_a_long_text_may_speak_under_another_policy(
+    model: SafetyModel, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text(
+        " ".join(f"{word} " * 40 for word in ("fireworks", "hello", "pistol", "street", "poison"))
+    )
+    policies = [
+        Policy.from_dict({"nodes": {f"D{i}": {"status": "non_violating"} for i in off}})
+        for off in ([], range(1, 12), range(2, 13), (5, 6, 7), (1, 2, 3, 4, 12))
+    ]
+    collection = Collection.open(_scan_texts(tmp_path, model, policies[0]))
+    (item,) = next(collection.items())
+    assert len(item.points["text"]) > 3
+    vectors = []
+    for k, policy in enumerate(policies):
+        rescore(collection, model, policy, out=tmp_path / f"r{k}")
+        made = Collection.open(tmp_path / f"r{k}")
+        risks = model.risk(made.points(item.points["text"]), model.view(policy))
+        np.testing.assert_array_equal(
+            made.vectors()[1][0], item.points["text"][int(risks.argmax())]
+        )
+        vectors.append(made.vectors()[1][0].tobytes())
+    assert len(set(vectors)) > 1
+
+
+def _scan_texts(folder: Path, model: SafetyModel, policy: Policy) -> Path:
+    scan([str(folder / "a.txt")], folder / "long", model, policy=policy, report=False,
+         options=ScanOptions(8, 0))  # fmt: skip
+    return folder / "long"

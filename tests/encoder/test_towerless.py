@@ -1,0 +1,59 @@
+"""A model without its towers is the same model: hash, nodes, scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hysafe.encoder import HyperbolicEncoder, mini_architecture
+from hysafe.encoder.model import bank_hash
+from hysafe.encoder.towerless import TowerlessEncoder
+from hysafe.errors import ModelError
+
+BANKS = (("weapons", "sale of weapons"), ("a phrase that training never saw",))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Half-width towers, a learned curvature, and one node with a learned offset."""
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp("towerless")
+    encoder = HyperbolicEncoder(
+        mini_architecture("resnet10t", image_size=32), dim=12, known_nodes=[bank_hash(BANKS[0])]
+    )
+    encoder.curvature.set(2.5)
+    encoder.cone_scale.set(33.0)
+    with torch.no_grad():
+        encoder.node_head.offsets.normal_()
+        for radius in encoder.node_head.radii:
+            radius.set(radius.low * 1.7)
+    encoder.save_directory(path, tower_dtype=torch.bfloat16)
+    return path
+
+
+def test_it_is_the_same_model_and_loads_no_tower(folder: Path) -> None:
+    whole, light = HyperbolicEncoder.load_directory(folder), TowerlessEncoder(folder)
+    whole.prepare_inference()
+    assert light.hash() == whole.hash()
+    assert (light.c, light.cone_scale_value) == (whole.c, whole.cone_scale_value)
+    assert (light.dim, light.space) == (whole.dim, whole.space)
+    features, depth = torch.randn(2, 384), torch.tensor([2, 3])
+    for banks in (BANKS, None):
+        with torch.no_grad():
+            wanted = whole.place_nodes(features, depth, banks)
+        assert light.place_nodes(features, depth, banks).space.equal(wanted.space)
+    assert not light.towers_loaded
+    assert light.text_features(["hello"]).equal(whole.text_features(["hello"]))
+    assert light.towers_loaded
+    assert light.image_size == whole.image_size == 32
+
+
+def test_a_folder_without_a_model_is_an_error(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no config.json"):
+        TowerlessEncoder(tmp_path)
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ModelError, match="not a hysafe model"):
+        TowerlessEncoder(tmp_path)
