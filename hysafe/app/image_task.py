@@ -47,7 +47,7 @@ class ImageTowerTask(EncoderTask):
         ema: float = 0.998,
         crop: float = 0.3,
         jitter: float = 0.3,
-        image_tower: str | None = "resnet18",
+        image_tower: str | None = "resnet10t",
         image_size: int = 64,
         dim: int = 128,
         lr: float = 2e-3,

@@ -54,7 +54,7 @@ class EncoderTask(L.LightningModule):
 
     def __init__(
         self,
-        image_tower: str | None = "resnet18",
+        image_tower: str | None = "resnet10t",
         open_clip: str | None = None,
         image_size: int = 64,
         dim: int = 128,
@@ -170,8 +170,11 @@ class TaxonomyTask(EncoderTask):
             themselves entail nothing: that pulls them to the origin, where no distance tells them
             apart.
         concept_weight: of the concept within the category, where known.
-        label_smoothing: of the picture classes.
+        label_smoothing: of the picture classes. leaf_smoothing: of the leaves.
         text_dropout: on text features, before the head.
+        text_noise: standard deviation of Gaussian noise on text features, in units of their own:
+            a tower that has learnt these very texts leaves them too far apart for a head to learn
+            from (docs/results.md).
         text_every: texts take part in every n-th step, with n times the weight.
         phrases: at most this many phrases a node (quick runs); all when None.
         init_from: folder of an earlier stage's export to start from.
@@ -201,7 +204,9 @@ class TaxonomyTask(EncoderTask):
         class_entail: float = 0.1,
         concept_weight: float = 0.2,
         label_smoothing: float = 0.1,
+        leaf_smoothing: float = 0.05,
         text_dropout: float = 0.1,
+        text_noise: float = 0.0,
         text_every: int = 1,
         phrases: int | None = None,
         init_from: str | None = None,
@@ -215,7 +220,7 @@ class TaxonomyTask(EncoderTask):
         monitor_every: int = 200,
         augment: bool = True,
         crop: float = 0.45,
-        image_tower: str | None = "resnet18",
+        image_tower: str | None = "resnet10t",
         open_clip: str | None = None,
         image_size: int = 64,
         dim: int = 128,
@@ -238,6 +243,7 @@ class TaxonomyTask(EncoderTask):
         self.weights, self.image_weight = weights, image_weight
         self.image_leaf_weight, self.class_entail = image_leaf_weight, class_entail
         self.concept_weight, self.label_smoothing = concept_weight, label_smoothing
+        self.leaf_smoothing = leaf_smoothing
         if init_from is not None:
             self.encoder = HyperbolicEncoder.load_directory(init_from)
             if (self.encoder.dim, self.encoder.space) != (dim, space):
@@ -256,7 +262,8 @@ class TaxonomyTask(EncoderTask):
         if freeze_text:
             self.encoder.towers.text_module.requires_grad_(False)
         self.cached = freeze_image and freeze_text
-        self.text_dropout, self.text_every, self.phrases = text_dropout, text_every, phrases
+        self.text_dropout, self.text_noise = text_dropout, text_noise
+        self.text_every, self.phrases = text_every, phrases
         self.classifier_weight = classifier_weight
         self.train_sizes, self.augment, self.crop = train_sizes, augment, crop
         self.refresh_every, self.monitor_every = refresh_every, monitor_every
@@ -366,6 +373,9 @@ class TaxonomyTask(EncoderTask):
                 if self.cached
                 else self.text_features(texts["texts"])
             )
+            if self.text_noise:
+                spread = spoken_features.std(-1, keepdim=True) * self.text_noise
+                spoken_features = spoken_features + spread * torch.randn_like(spoken_features)
             spoken_features = F.dropout(spoken_features, self.text_dropout, self.training)
             text = encoder.lift("text", spoken_features).space
         nodes = encoder.place_nodes(self._node_features, self._leaves.depth, self._node_banks).space
@@ -439,7 +449,9 @@ class TaxonomyTask(EncoderTask):
         inside, outside = self._leaves.cone_masks(candidates)
         pull, push = item_cones(margins, inside, outside)
         return {
-            f"{kind}_leaf": candidate_cross_entropy(logits, candidates).mean(),
+            f"{kind}_leaf": candidate_cross_entropy(
+                logits, candidates, smoothing=self.leaf_smoothing
+            ).mean(),
             f"{kind}_inside": pull,
             f"{kind}_outside": push,
         }

@@ -35,7 +35,7 @@ class TextTowerTask(EncoderTask):
         self,
         label_smoothing: float = 0.05,
         text_dropout: float = 0.1,
-        image_tower: str | None = "resnet18",
+        image_tower: str | None = "resnet10t",
         image_size: int = 64,
         dim: int = 128,
         head_lr: float = 2e-3,

@@ -59,7 +59,7 @@ _CHECKED: set[str] = set()
 
 
 def mini_architecture(
-    image_tower: str = "resnet18",
+    image_tower: str = "resnet10t",
     *,
     image_size: int = 64,
     context_length: int = 64,
