@@ -1,0 +1,133 @@
+"""Redirection of risky queries: how often the best answer is safe, and what safe queries lose.
+
+``python benchmarks/redirect.py --data $HYSAFE_DATA`` builds a collection of one half of the contrast
+test split and one half of Tiny-ImageNet's ``val.parquet``, and asks it with the other halves. Truth
+is the label of the item, not the rating that the model gave it. Pairs are split whole.
+
+- Risky texts and pictures: share of queries whose best answer is safe, by plain search and redirected.
+- Safe queries (``a photo of a CLASS`` and pictures of harmless classes): share that have a picture of
+  their class among the first ten, by plain search and redirected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+from hysafe.app.pipeline import SafetyModel, ScanOptions, load
+from hysafe.app.redirect import redirect_queries
+from hysafe.app.scan import scan
+from hysafe.data.contrast import contrast_set
+from hysafe.data.images import decode
+from hysafe.data.sources import data_root, iter_samples
+from hysafe.geometry import Points
+from hysafe.index import Collection
+from hysafe.types import Sample
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", help="development data (default: HYSAFE_DATA)")
+    parser.add_argument("--model", default="mini")
+    parser.add_argument("--limit", type=int, help="at most this many pictures")
+    a = parser.parse_args()
+    model = load(a.model)
+    texts = contrast_set("test")
+    root = data_root(a.data) / "images" / "tiny_imagenet" / "val.parquet"
+    pictures = list(iter_samples(str(root), "tiny_imagenet"))[: a.limit]
+    with tempfile.TemporaryDirectory() as folder:
+        collection, label = build(
+            Path(folder), model, [s for s in texts if not _asks(s)], pictures[::2]
+        )
+        asked = [s for s in texts if _asks(s) and not s.safe]
+        print("| queries | n | plain search | redirected |\n|---|---|---|---|")
+        risky = [p for p in pictures[1::2] if not p.safe]
+        for name, queries, channel in (
+            ("risky texts, best answer is safe", _text(model, asked), "text"),
+            ("risky pictures, best answer is safe", _images(model, risky), "image"),
+        ):
+            plain = collection.search(queries, model=model.hash, k=1)
+            moved = redirect_queries(collection, model, queries, channel=channel, k=1)
+            before = [bool(hits) and label[_id(collection, hits[0].row)]["safe"] for hits in plain]
+            after = [bool(r.found) and label[r.found[0].item.id]["safe"] for r in moved]
+            _line(name, before, after)
+        classes = sorted({p.extra["name"] for p in pictures if p.safe})
+        harmless = [p for p in pictures[1::2] if p.safe]
+        phrases = [Sample(n, "", f"a photo of a {n}", None, (), True, None, {}) for n in classes]
+        for name, queries, channel, truth in (
+            ("class names, class among the first 10", _text(model, phrases), "text", classes),
+            ("harmless pictures, class among the first 10", _images(model, harmless), "image",
+             [p.extra["name"] for p in harmless]),
+        ):  # fmt: skip
+            # pictures only on both sides: the question is which picture comes back
+            where = "modality = 'image'"
+            plain = collection.search(queries, model=model.hash, k=10, where=where)
+            moved = redirect_queries(collection, model, queries, channel=channel, k=200)
+            before = [
+                t in [label[_id(collection, h.row)]["name"] for h in hits]
+                for t, hits in zip(truth, plain, strict=True)
+            ]
+            after = []
+            for t, r in zip(truth, moved, strict=True):
+                names = [label[f.item.id]["name"] for f in r.found]
+                after.append(t in [n for n in names if n][:10])
+            _line(name, before, after)
+
+
+def build(
+    folder: Path, model: SafetyModel, texts: list[Sample], pictures: list[Sample]
+) -> tuple[Collection, dict[str, dict[str, Any]]]:
+    """A collection of texts and pictures, and the truth about each of its items."""
+    label: dict[str, dict[str, Any]] = {}
+    (folder / "in").mkdir()
+    with (folder / "in" / "t.jsonl").open("w") as file:
+        for s in texts:
+            file.write(json.dumps({"id": s.id, "text": s.text}) + "\n")
+    for i, p in enumerate(pictures):
+        assert p.image is not None
+        (folder / "in" / f"{i:05d}.jpg").write_bytes(p.image)
+    scan([str(folder / "in")], folder / "out", model, options=ScanOptions(64, 0), report=False)
+    collection = Collection.open(folder / "out")
+    ids = collection.to_arrow(["id"])["id"].to_pylist()
+    by_text = {s.id: s for s in texts}
+    for name in ids:
+        if name.endswith(".jpg"):
+            p = pictures[int(Path(name).stem)]
+            label[name] = {"safe": p.safe, "name": p.extra["name"]}
+        else:
+            found = by_text.get(name) or texts[int(name.rsplit("#", 1)[1])]
+            label[name] = {"safe": found.safe, "name": None}
+    return collection, label
+
+
+def _asks(sample: Sample) -> bool:
+    """The sample belongs to the half that asks; pairs stay together."""
+    return zlib.crc32((sample.pair or sample.id).encode()) % 2 == 0
+
+
+def _text(model: SafetyModel, samples: list[Sample]) -> Points:
+    return model.encode_text([str(s.text) for s in samples])
+
+
+def _images(model: SafetyModel, samples: list[Sample]) -> Points:
+    size = model.encoder.image_size
+    return model.encode_image([decode(s.image, size=size) for s in samples if s.image])
+
+
+def _id(collection: Collection, row: int) -> str:
+    if not hasattr(collection, "_names"):
+        collection._names = collection.to_arrow(["id"])["id"].to_pylist()  # type: ignore[attr-defined]
+    return str(collection._names[row])  # type: ignore[attr-defined]
+
+
+def _line(name: str, before: list[bool], after: list[bool]) -> None:
+    n = len(before)
+    print(f"| {name} | {n} | {sum(before) / n:.3f} | {sum(after) / n:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
