@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,15 @@ from hysafe.data.datamodule import EmbedData, Pictures, WorldTree
 from hysafe.encoder.model import HyperbolicEncoder
 from hysafe.encoder.pretrained import LIFT_CONE_SCALE, LIFT_RADIUS, resolve_folder
 from hysafe.encoder.towers import mini_architecture
-from hysafe.errors import ConfigError
+from hysafe.errors import ConfigError, MissingExtraError
+from hysafe.evaluate.curves import reliability, risk_coverage
 from hysafe.evaluate.metrics import detection
+from hysafe.evaluate.plots import (
+    plot_radius,
+    plot_reliability,
+    plot_risk_coverage,
+    require_matplotlib,
+)
 from hysafe.geometry import Points
 from hysafe.score.calibration import (
     Calibration,
@@ -31,7 +39,7 @@ from hysafe.score.calibration import (
     fit_temperature,
     quantile_grid,
 )
-from hysafe.score.leaves import LeafScores, score_margins
+from hysafe.score.leaves import LeafScores, NodeTable, score_margins
 from hysafe.taxonomy import metrics
 from hysafe.types import Sample
 
@@ -63,6 +71,20 @@ class _Texts:
         return [s.nodes[0] for s in self.samples if not s.safe]
 
 
+@dataclass(frozen=True)
+class _Judged:
+    """What a model says of items, kept for figures and plots.
+
+    Args:
+        points: of the items. margins: [n, N]. scores: calibrated. unsafe: bool [n], the truth.
+    """
+
+    points: Points
+    margins: Tensor
+    scores: LeafScores
+    unsafe: Tensor
+
+
 def evaluate_card(
     name: str,
     *,
@@ -72,7 +94,9 @@ def evaluate_card(
     out: Path | None = None,
     pages: Sequence[Path] = (),
 ) -> int:
-    """Print the card's table; write ``card.json`` and ``card.md`` into `out`.
+    """Print the card's table; write ``card.json``, ``card.md`` and plots into `out`.
+
+    Plots (reliability, risk against coverage, radius by depth) need the extra ``plots``.
 
     Args:
         name: model to evaluate. control: its Euclidean control, a folder.
@@ -84,6 +108,7 @@ def evaluate_card(
     module = EmbedData(data_dir=data)
     module.setup()
     rows: dict[str, dict[str, float]] = {}
+    judged: dict[str, tuple[SafetyModel, _Judged, _Judged | None]] = {}
     for label, model_name in (("hysafe " + name, name), ("Euclidean control", control)):
         if model_name is None:
             continue
@@ -94,7 +119,11 @@ def evaluate_card(
                 raise ConfigError(f"--fit needs a model folder, got {model_name!r}.")
             fit_calibration(model, module).save(folder)
             model = load(model_name)
-        rows[label] = {**text_figures(model), **picture_figures(model, module)}
+        texts, pictures = _judge_texts(model, _core("test")), _judge_pictures(model, module)
+        rows[label] = {
+            **text_figures(model, texts), **picture_figures(model, module, pictures)
+        }  # fmt: skip
+        judged[label] = (model, texts, pictures)
     rows["untrained lift (MiniLM)"] = text_figures(_untrained_lift())
     rows["MiniLM + logistic regression"] = logistic_figures()
     card = {"figures": rows, "setting": _setting(name, control)}
@@ -106,7 +135,7 @@ def evaluate_card(
         out.mkdir(parents=True, exist_ok=True)
         (out / "card.json").write_text(json.dumps(card, indent=1, sort_keys=True) + "\n")
         (out / "card.md").write_text(table + "\n")
-        print(f"{out}/: card.json, card.md")
+        print(f"{out}/: card.json, card.md" + "".join(f", {p.name}" for p in _plots(out, judged)))
     return 0
 
 
@@ -157,20 +186,42 @@ def _channel_calibration(
 # ---------------------------------------------------------------- figures
 
 
-def text_figures(model: SafetyModel) -> dict[str, float]:
-    """Figures on the contrast test split."""
+def _judge_texts(model: SafetyModel, texts: _Texts) -> _Judged:
+    points = model.encode_text(texts.texts)
+    return _judge(model, points, texts.unsafe, "text")
+
+
+def _judge_pictures(model: SafetyModel, data: EmbedData) -> _Judged | None:
+    """Tiny-ImageNet's val.parquet with its weak labels of risk; None where there are no pictures."""
+    pictures = data.validation_pictures
+    if pictures is None:
+        return None
+    points, _ = _encode_pictures(model, pictures)
+    unsafe = pictures.candidates[:, data.leaves.risky].any(-1)
+    return _judge(model, points, unsafe, "image")
+
+
+def _judge(model: SafetyModel, points: Points, unsafe: Tensor, channel: str) -> _Judged:
     table, apexes = model.place(model.view())
-    fit = model.calibration.channel("text")
+    fit = model.calibration.channel(channel)
+    margins = points.margin(apexes)
+    scores = score_margins(
+        margins, table, scale=model.encoder.cone_scale_value, slope=fit.slope, offset=fit.offset,
+        temperature=fit.temperature,
+    )  # fmt: skip
+    return _Judged(points, margins, scores, unsafe)
 
-    def judge(texts: _Texts) -> tuple[Tensor, LeafScores]:
-        margins = model.encode_text(texts.texts).margin(apexes)
-        return margins, score_margins(
-            margins, table, scale=model.encoder.cone_scale_value, slope=fit.slope,
-            offset=fit.offset, temperature=fit.temperature,
-        )  # fmt: skip
 
+def text_figures(model: SafetyModel, judged: _Judged | None = None) -> dict[str, float]:
+    """Figures on the contrast test split.
+
+    Args:
+        judged: its sentences, where they are judged already.
+    """
+    table, _ = model.place(model.view())
     texts = _core("test")
-    margins, scores = judge(texts)
+    judged = judged or _judge_texts(model, texts)
+    margins, scores = judged.margins, judged.scores
     leaves = table.leaves[table.risk]
     best = [table.ids[int(leaves[i])] for i in scores.nodes[texts.unsafe][:, leaves].argmax(-1)]
     inside = margins[texts.unsafe] > 0
@@ -183,6 +234,7 @@ def text_figures(model: SafetyModel) -> dict[str, float]:
     )
     if model.calibration.fitted:
         figures["text ECE"] = expected_calibration_error(scores.p_unsafe, texts.unsafe)
+        figures.update(node_calibration(scores.nodes, table, texts.categories(), texts.unsafe))
         hard = torch.tensor([s.extra["side"] == "background_hard" for s in texts.samples])
         over = scores.p_unsafe >= THRESHOLD
         figures["false alarms, benign siblings"] = float(
@@ -192,9 +244,9 @@ def text_figures(model: SafetyModel) -> dict[str, float]:
         figures["false alarms, feared words"] = float(over[hard].float().mean())
         figures["recall, risky sentences"] = float(over[texts.unsafe].float().mean())
     validation = _core("validation")
-    _, known = judge(validation)
+    known = _judge_texts(model, validation).scores
     functional = _Texts([s for s in contrast_set("test") if s.extra["functionality"]])
-    _, probed = judge(functional)
+    probed = _judge_texts(model, functional).scores
     figures.update(
         functional_figures(
             known.evidence[validation.unsafe], scores.evidence[texts.unsafe], probed.evidence,
@@ -202,6 +254,35 @@ def text_figures(model: SafetyModel) -> dict[str, float]:
         )
     )  # fmt: skip
     return figures
+
+
+def node_calibration(
+    nodes: Tensor, table: NodeTable, categories: Sequence[str], unsafe: Tensor
+) -> dict[str, float]:
+    """Calibration error of the scores of domains and categories, each one against the rest.
+
+    Args:
+        nodes: scores [n, N] of the items. categories: of the unsafe ones, in their order.
+        unsafe: bool [n].
+
+    Returns:
+        that of all nodes pooled, and the largest of one node.
+    """
+    taxonomy = table.view.taxonomy
+    ids = [n.id for n in taxonomy.of_kind("domain", "category") if table.view.active(n.id)]
+    truth = torch.zeros(len(nodes), len(ids), dtype=torch.bool)
+    for row, category in zip(unsafe.nonzero()[:, 0].tolist(), categories, strict=True):
+        for node in taxonomy.path(category).ids:
+            truth[row, ids.index(node)] = True
+    scores = nodes[:, [table.index[n] for n in ids]]
+    return {
+        "node ECE, domains and categories pooled": expected_calibration_error(
+            scores.reshape(-1), truth.reshape(-1)
+        ),
+        "node ECE, largest of one node": max(
+            expected_calibration_error(scores[:, i], truth[:, i]) for i in range(len(ids))
+        ),
+    }  # fmt: skip
 
 
 def functional_figures(
@@ -256,12 +337,19 @@ def _text_figures(
     }
 
 
-def picture_figures(model: SafetyModel, data: EmbedData) -> dict[str, float]:
-    """Class retrieval on Tiny-ImageNet's val.parquet, and risk on its weak labels."""
+def picture_figures(
+    model: SafetyModel, data: EmbedData, judged: _Judged | None = None
+) -> dict[str, float]:
+    """Class retrieval on Tiny-ImageNet's val.parquet, and risk on its weak labels.
+
+    Args:
+        judged: its pictures, where they are judged already.
+    """
     pictures = data.validation_pictures
-    if pictures is None:
+    judged = judged or _judge_pictures(model, data)
+    if pictures is None or judged is None:
         return {}
-    points, _ = _encode_pictures(model, pictures)
+    points, said, unsafe = judged.points, judged.scores, judged.unsafe
     prototypes = class_points(model, data.world)[: data.photo_classes]
     order = points.dist(prototypes).argsort(-1)
     truth = pictures.classes
@@ -269,13 +357,6 @@ def picture_figures(model: SafetyModel, data: EmbedData) -> dict[str, float]:
     scores = metrics.hierarchical_scores(
         data.world.parents(), [leaf[i] for i in order[:, 0]], [leaf[i] for i in truth]
     )
-    table, apexes = model.place(model.view())
-    fit = model.calibration.channel("image")
-    judged = score_margins(
-        points.margin(apexes), table, scale=model.encoder.cone_scale_value, slope=fit.slope,
-        offset=fit.offset,
-    )  # fmt: skip
-    unsafe = pictures.candidates[:, data.leaves.risky].any(-1)
     figures = {
         "picture top-1 of 177": float((order[:, 0] == truth).float().mean()),
         "picture top-5 of 177": float((order[:, :5] == truth[:, None]).any(-1).float().mean()),
@@ -283,11 +364,11 @@ def picture_figures(model: SafetyModel, data: EmbedData) -> dict[str, float]:
         "picture hierarchical precision": scores.precision,
         "picture hierarchical recall": scores.recall,
         "picture risk AUROC (weak labels)": detection(
-            judged.evidence[~unsafe], judged.evidence[unsafe]
+            said.evidence[~unsafe], said.evidence[unsafe]
         ).auroc,
     }
     if model.calibration.fitted:
-        figures["picture ECE"] = expected_calibration_error(judged.p_unsafe, unsafe)
+        figures["picture ECE"] = expected_calibration_error(said.p_unsafe, unsafe)
     return figures
 
 
@@ -405,6 +486,68 @@ def _setting(name: str, control: str | None) -> dict[str, Any]:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _plots(
+    out: Path, judged: Mapping[str, tuple[SafetyModel, _Judged, _Judged | None]]
+) -> list[Path]:
+    """Draw what the models said, reliability of the calibrated ones only; the files written."""
+    try:
+        require_matplotlib()
+    except MissingExtraError as error:
+        print(f"hysafe: {error}", file=sys.stderr)
+        return []
+    said: dict[str, dict[str, _Judged]] = {"texts": {}, "pictures": {}}
+    for label, (_, texts, pictures) in judged.items():
+        said["texts"][label] = texts
+        if pictures is not None:
+            said["pictures"][label] = pictures
+    panels = {kind: models for kind, models in said.items() if models}
+    calibrated = {
+        kind: {
+            label: reliability(j.scores.p_unsafe, j.unsafe)
+            for label, j in models.items() if judged[label][0].calibration.fitted
+        }
+        for kind, models in panels.items()
+    }  # fmt: skip
+    selective = {
+        kind: {
+            label: risk_coverage(
+                (p := j.scores.p_unsafe.double()).sub(THRESHOLD).abs(),
+                (p >= THRESHOLD) != j.unsafe,
+            )
+            for label, j in models.items()
+        }
+        for kind, models in panels.items()
+    }
+    written = [] if not any(calibrated.values()) else plot_reliability(
+        out / "reliability", calibrated
+    )  # fmt: skip
+    written += plot_risk_coverage(out / "risk_coverage", selective)
+    model, texts, pictures = next(iter(judged.values()))
+    written += plot_radius(out / "radius", *_radii(model, texts, pictures))
+    return written
+
+
+def _radii(
+    model: SafetyModel, texts: _Judged, pictures: _Judged | None
+) -> tuple[dict[str, list[tuple[int, Tensor]]], dict[str, Tensor]]:
+    """Radii of nodes, by kind and depth, and of items."""
+    table, apexes = model.place(model.view())
+    radius = apexes.radius()
+    risky = torch.tensor([model.taxonomy[n].risky for n in table.ids])
+    nodes = {
+        kind: [
+            (depth, radius[side & (table.depth == depth)])
+            for depth in sorted(set(table.depth[side].tolist()))
+        ]
+        for kind, side in (("risk nodes", risky), ("harmless nodes", ~risky))
+    }
+    of = texts.points.radius()
+    items = {"risky texts": of[texts.unsafe], "harmless texts": of[~texts.unsafe]}
+    if pictures is not None:
+        items["pictures"] = pictures.points.radius()
+    return nodes, items
 
 
 def write_block(page: Path, table: str, setting: Mapping[str, Any]) -> None:

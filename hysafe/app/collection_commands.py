@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,20 @@ def add_commands(commands: Any) -> None:
     )
     search.add_argument("--node", metavar="NODE", help="rank by the score of a node, e.g. 6.1")
     search.add_argument("--where", metavar="SQL", help="filter, e.g. \"rating = 'unsafe'\"")
+    how = search.add_mutually_exclusive_group()
+    how.add_argument("--approximate", action="store_true", default=None,
+                     help="read only the part of the index nearest to the query (default: above "
+                     "two million points, once `hysafe index` has been run)")  # fmt: skip
+    how.add_argument("--exact", action="store_false", dest="approximate",
+                     help="compare with every item")  # fmt: skip
     _add_judging(search)
     _add_listing(search)
     search.set_defaults(run=_search)
+
+    index = commands.add_parser("index", help="make a collection's index for approximate search")
+    _add_collection(index)
+    index.add_argument("--verbose", action="store_true", help="log what happens")
+    index.set_defaults(run=_index)
 
     rescore = commands.add_parser(
         "rescore", help="judge a collection again under another policy, without its pictures"
@@ -75,6 +87,38 @@ def add_commands(commands: Any) -> None:
                            help="JSONL with id, rating, author, time, reason")  # fmt: skip
     decisions.add_argument("--verbose", action="store_true", help="log what happens")
     decisions.set_defaults(run=_import)
+
+    calibrate = commands.add_parser(
+        "calibrate", help="thresholds that reach a precision, recall or cost on labelled items"
+    )
+    _add_collection(calibrate)
+    calibrate.add_argument("--labels", type=Path, metavar="FILE",
+                           help="JSONL with id and nodes or safe (default: people's decisions that "
+                           "the collection keeps)")  # fmt: skip
+    calibrate.add_argument("--target", default="precision=0.9", metavar="TARGET",
+                           help="precision=0.9 (default), recall=0.85 or cost=MISS:FALSE_ALARM")  # fmt: skip
+    calibrate.add_argument("--out", type=Path, metavar="FILE",
+                           help="write the policy with its thresholds here")  # fmt: skip
+    review = calibrate.add_mutually_exclusive_group()
+    review.add_argument("--review", type=float, metavar="SHARE",
+                        help="the review band that takes this share of items")  # fmt: skip
+    review.add_argument("--review-error", type=float, metavar="RATE",
+                        help="the review band that leaves this error rate on the rest")  # fmt: skip
+    calibrate.add_argument("--least", type=int, default=20, metavar="N",
+                           help="labelled items from which a node gets a threshold (default: 20)")  # fmt: skip
+    calibrate.add_argument("--nodes", dest="use", default="auto",
+                           choices=("auto", "all", "above", "none"),
+                           help="which nodes get their own threshold in the policy: all, those above "
+                           "that of p_unsafe, none; auto (default): as many as leave the rating at "
+                           "its target")  # fmt: skip
+    calibrate.add_argument("--share", type=float, default=0.5, metavar="SHARE",
+                           help="part of the labels to choose on (default: 0.5)")  # fmt: skip
+    calibrate.add_argument("--seed", type=int, default=0, metavar="N", help="of the two parts")
+    calibrate.add_argument("--plots", type=Path, metavar="DIR",
+                           help="draw reliability and risk against coverage (extra [plots])")  # fmt: skip
+    calibrate.add_argument("--json", action="store_true", help="print all of it as JSON")
+    _add_judging(calibrate, "add the thresholds to this policy (default: the collection's own)")
+    calibrate.set_defaults(run=_calibrate)
 
     annotate = commands.add_parser(
         "annotate", help="Parquet shards in, the same shards with ratings and nodes out"
@@ -134,7 +178,10 @@ def _search(arguments: argparse.Namespace) -> int:
     queries = (arguments.text, arguments.image, arguments.like, arguments.node)
     if sum(q is not None for q in queries) != 1:
         raise ConfigError("hysafe search: give one of TEXT, --image, --like and --node.")
+    if arguments.node is not None and arguments.approximate:
+        raise ConfigError("hysafe search: --node compares all items. Leave out --approximate.")
     policy = _policy(arguments)
+    from hysafe.app.cli import _progress
     from hysafe.app.search import search, search_json, write_found
     from hysafe.app.stored import model_of, view_of
     from hysafe.index import Collection
@@ -142,10 +189,12 @@ def _search(arguments: argparse.Namespace) -> int:
     collection = Collection.open(arguments.collection)
     towers = arguments.text is not None or arguments.image is not None
     model = model_of(collection, name=arguments.model, taxonomy=arguments.taxonomy, towers=towers)
-    found = search(
-        collection, model, text=arguments.text, image=arguments.image, like=arguments.like,
-        node=arguments.node, policy=policy, where=arguments.where, k=arguments.k,
-    )  # fmt: skip
+    with _progress() as bar:
+        found = search(
+            collection, model, text=arguments.text, image=arguments.image, like=arguments.like,
+            node=arguments.node, policy=policy, where=arguments.where, k=arguments.k,
+            approximate=arguments.approximate, progress=_share(bar, "making the index"),
+        )  # fmt: skip
     if arguments.html is not None:
         title = next(str(q) for q in queries if q is not None)
         write_found(arguments.html, title, found, view_of(collection, model, policy), collection)
@@ -156,6 +205,39 @@ def _search(arguments: argparse.Namespace) -> int:
     if arguments.html is not None:
         print(arguments.html)
     return 0
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    from hysafe.app.cli import _progress
+    from hysafe.index import Collection
+    from hysafe.index.search import EXACT_UP_TO, FOLDER
+
+    collection = Collection.open(arguments.collection)
+    start = time.perf_counter()
+    with _progress() as bar:
+        index = collection.index
+        made = index.cells is None
+        if made:
+            index.group(collection, progress=_share(bar, "making the index"))
+    seconds = time.perf_counter() - start
+    cells = len(index.cells.centers) if index.cells else 0
+    how = f"made in {seconds:.1f} s" if made else "up to date"
+    print(f"{collection.folder / FOLDER}/: {len(index):,} points in {cells:,} cells, {how}")
+    if len(index) <= EXACT_UP_TO:
+        print(f"up to {EXACT_UP_TO:,} points it is used only by: hysafe search --approximate")
+    return 0
+
+
+def _share(bar: Any, what: str) -> Callable[[float], None]:
+    """Shows a share done, from the first call on."""
+    tasks: list[Any] = []
+
+    def show(share: float) -> None:
+        if not tasks:
+            tasks.append(bar.add_task(what, total=100))
+        bar.update(tasks[0], completed=round(100 * share))
+
+    return show
 
 
 def _rescore(arguments: argparse.Namespace) -> int:
@@ -276,6 +358,137 @@ def _import(arguments: argparse.Namespace) -> int:
     read, new = import_decisions(Collection.open(arguments.collection), arguments.decisions)
     print(f"{read} decisions, {new} of them new")
     return 0
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    policy = _policy(arguments)
+    from hysafe.score.thresholds import Target
+
+    # settings are checked before anything is loaded
+    target = Target.parse(arguments.target)
+    if arguments.plots is not None:
+        from hysafe.evaluate.plots import require_matplotlib
+
+        require_matplotlib()
+    from hysafe.app.calibrate import (
+        calibrate,
+        calibrated_json,
+        decided_labels,
+        read_labels,
+        write_plots,
+        write_policy,
+    )
+    from hysafe.app.stored import model_of, view_of
+    from hysafe.index import Collection
+
+    collection = Collection.open(arguments.collection)
+    model = model_of(collection, name=arguments.model, taxonomy=arguments.taxonomy)
+    if arguments.labels is None:
+        labels = decided_labels(collection)
+    else:
+        labels = read_labels(arguments.labels, view_of(collection, model, policy).taxonomy)
+    made = calibrate(
+        collection, model, labels, target, policy=policy, least=arguments.least,
+        share=arguments.share, seed=arguments.seed, review=arguments.review,
+        review_error=arguments.review_error, use=arguments.use,
+    )  # fmt: skip
+    drawn = write_plots(arguments.plots, made) if arguments.plots is not None else []
+    if arguments.out is not None:
+        write_policy(arguments.out, made, collection)
+    if arguments.json:
+        print(json.dumps(calibrated_json(made), ensure_ascii=False, indent=1))
+        return 0
+    _print_calibrated(made)
+    for path in drawn:
+        print(path)
+    if arguments.out is None:
+        print("not written: --out FILE keeps these thresholds as a policy")
+    else:
+        print(f"{arguments.out}: judge by it with hysafe rescore {arguments.collection} --policy "
+              f"{arguments.out}")  # fmt: skip
+    return 0
+
+
+def _print_calibrated(made: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False)
+
+    say(f"thresholds chosen on {made.chosen_on} labelled items, every figure measured on "
+        f"{made.measured_on} others (seed {made.seed})")  # fmt: skip
+    for count, what in (
+        (made.absent, "labels name no item of the collection"),
+        (made.unreadable, "labelled items could not be read, and have no score"),
+        (made.unknown, "labels do not tell whether the item is unsafe under this policy"),
+    ):
+        if count:
+            say(f"{count} {what}")
+    table = Table(title=f"thresholds for {made.target}, with 95 % intervals")
+    for name in ("node", "name", "was", "now", "positives", "precision", "recall"):
+        table.add_column(name, justify="left" if name in ("node", "name") else "right")
+    for n in (made.p_unsafe, *(n for n in made.nodes if n.chosen)):
+        table.add_row(n.node, Text(n.name), f"{n.before:.3g}", f"{n.now:.3g}", str(n.positives),
+                      _interval(n.reached.precision), _interval(n.reached.recall))  # fmt: skip
+    console.print(table)
+    if not made.p_unsafe.chosen:
+        say(f"p_unsafe keeps its threshold: {made.p_unsafe.why}")
+    kept: dict[str, list[str]] = {}
+    for n in made.nodes:
+        if not n.chosen:
+            much = "" if n.proposal is None else f" ({n.proposal:.3g})"
+            kept.setdefault(n.why, []).append(n.node + much)
+    follow = set(made.followers)
+    for why, nodes in kept.items():
+        say(f"no threshold of their own, {why}: {', '.join(nodes)}")
+    if kept and follow:
+        say(f"of these {len(follow)} categories follow p_unsafe")
+    theirs = [n for n in made.nodes if not n.chosen and n.before != made.p_unsafe.before]
+    if theirs:
+        say("and these keep that of the policy given: "
+            + ", ".join(f"{n.node} {n.now:.3g}" for n in theirs))  # fmt: skip
+    if made.use in ("above", "none") and any(n.proposal for n in made.nodes if not n.chosen):
+        say("--nodes all puts those that are left out into the policy")
+
+    ratings = Table(title="ratings of the measured items, all rules of a scan together")
+    for name in ("policy", "unsafe: precision", "recall", "to review", "wrong on the rest"):
+        ratings.add_column(name, justify="left" if name == "policy" else "right")
+    rows = [("before", made.before), ("p_unsafe alone", made.alone)]
+    if any(n.chosen for n in made.nodes):
+        rows.append(("with all thresholds", made.after))
+    for name, r in rows:
+        ratings.add_row(name, _interval(r.unsafe.precision), _interval(r.unsafe.recall),
+                        _interval(r.review), _interval(r.error))  # fmt: skip
+    console.print(ratings)
+    if worse := made.after.worse_than(made.alone):
+        say(f"thresholds of single nodes cost the rating {' and '.join(worse)}: --nodes none leaves "
+            "them out")  # fmt: skip
+
+    review = Table(title=f"review band around p_unsafe {made.p_unsafe.now:.3g}")
+    for name in ("p_unsafe from", "below", "to review", "error on the rest", "missed", "alarms"):
+        review.add_column(name, justify="right")
+    for b in (*made.curve, made.chosen):
+        if b is not None:
+            review.add_row(f"{b.low:.4f}", f"{min(b.high, 1):.4f}", _interval(b.share),
+                           _interval(b.error), str(b.missed), str(b.alarms),
+                           end_section=b is made.curve[-1])  # fmt: skip
+    console.print(review)
+    say(f"p_unsafe: calibration error {made.reliability.error:.3f} (adaptive bins), area under risk "
+        f"and coverage {made.selective.area:.4f}")  # fmt: skip
+    if made.chosen:
+        say(f"asked for (last row): p_unsafe >= {made.chosen.low} AND p_unsafe < {made.chosen.high}, "
+            "as a filter for --where")  # fmt: skip
+
+
+def _interval(rate: Any) -> str:
+    if not rate.n:
+        return "-"
+    low, high = rate.interval
+    return f"{rate.value:.3f} ({low:.2f}-{high:.2f})"
 
 
 def _annotate(arguments: argparse.Namespace) -> int:

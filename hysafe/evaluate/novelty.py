@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 
 from hysafe.data.contrast import contrast_set
-from hysafe.errors import ConfigError, ShapeError
+from hysafe.errors import ConfigError, MissingExtraError, ShapeError
 from hysafe.evaluate.baselines import DETECTORS, LinearHead, PytorchOod, require_pytorch_ood
+from hysafe.evaluate.curves import mean_roc
 from hysafe.evaluate.metrics import Detection, detection, mean_detection
 from hysafe.evaluate.novelty_data import (
     Case,
@@ -32,6 +34,7 @@ from hysafe.evaluate.novelty_data import (
     picture_suite,
     read_held_out,
 )
+from hysafe.evaluate.plots import plot_roc
 from hysafe.score.conformal import benjamini_hochberg, split_conformal
 from hysafe.score.leaves import NodeTable, score_margins
 from hysafe.score.novelty import (
@@ -66,6 +69,8 @@ LEAST_ITEMS = 3
 LEAST_LIMIT = 2
 
 Figures = dict[str, dict[str, Detection]]
+# row -> column -> mean true-positive rates, one entry a case
+Curves = dict[str, dict[str, list[Tensor]]]
 
 
 def _ours() -> dict[str, list[NoveltyScorer]]:
@@ -110,7 +115,9 @@ def evaluate_novelty(
     out: Path | None = None,
     seed: int = 0,
 ) -> int:
-    """Print the tables; write ``novelty.json`` and ``novelty.md`` into `out`.
+    """Print the tables; write ``novelty.json``, ``novelty.md`` and ROC curves into `out`.
+
+    The curves need the extra ``plots``.
 
     Args:
         model: loaded. settings: which of :data:`SETTINGS` to run.
@@ -153,7 +160,8 @@ def evaluate_novelty(
         out.mkdir(parents=True, exist_ok=True)
         (out / "novelty.json").write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
         (out / "novelty.md").write_text(text + "\n")
-        print(f"{out}/: novelty.json, novelty.md")
+        names = ["novelty.json", "novelty.md", *(p.name for p in _plot(out, report))]
+        print(f"{out}/: {', '.join(names)}")
     return 0
 
 
@@ -175,8 +183,10 @@ def suite_figures(suite: Suite, *, seed: int = 0) -> dict[str, Any]:
 
     Returns:
         plain data: ``ours``/``theirs`` -> row -> column -> figures, ``accuracy``, ``chosen``,
-        ``weights``, ``conformal``, ``notes``.
+        ``weights``, ``conformal``, ``notes``; ``roc`` -> column -> row -> mean true-positive rates
+        at :data:`hysafe.evaluate.curves.FPR_GRID`, of the combination and the best rows.
     """
+    curves: Curves = {}
     ours: dict[str, dict[str, list[Detection]]] = {}
     theirs: dict[str, dict[str, list[Detection]]] = {}
     chosen: dict[str, dict[str, int]] = {}
@@ -195,21 +205,24 @@ def suite_figures(suite: Suite, *, seed: int = 0) -> dict[str, Any]:
                 counts = chosen.setdefault(row, {})
                 counts[_options(scorer)] = counts.get(_options(scorer), 0) + 1
                 scorer.fit(case.train, case.train_labels)
-                _collect(table.setdefault(row, {}), suite, scorer, case)
+                _collect(table.setdefault(row, {}), suite, scorer, case, curves.setdefault(row, {}))
             if table is ours:
                 combined = CombinedScorer([candidates[pick] for pick in picks]).learn_weights(
                     [StandIns(s.scores[:, picks], s.novel) for s in stand_ins]
                 )
         combined.fit(case.train, case.train_labels)
-        _collect(ours.setdefault(COMBINED, {}), suite, combined, case)
+        _collect(
+            ours.setdefault(COMBINED, {}), suite, combined, case, curves.setdefault(COMBINED, {})
+        )
         weights.append(dict(zip(_ours(), combined.weights.values(), strict=True)))
         alarms.append(_conformal(combined, case, seed + number))
         accuracies.append(_accuracies(case, decay, heads))
+    means = {"ours": _means(ours), "theirs": _means(theirs)}
     return {
         "name": suite.name,
         "columns": list(suite.columns),
-        "ours": _means(ours),
-        "theirs": _means(theirs),
+        **means,
+        "roc": {c: _shown_curves(c, means, curves) for c in suite.columns},
         "accuracy": _mean_of(accuracies),
         "chosen": chosen,
         "weights": _mean_of(weights),
@@ -220,16 +233,42 @@ def suite_figures(suite: Suite, *, seed: int = 0) -> dict[str, Any]:
 
 
 def _collect(
-    row: dict[str, list[Detection]], suite: Suite, scorer: NoveltyScorer, case: Case
+    row: dict[str, list[Detection]],
+    suite: Suite,
+    scorer: NoveltyScorer,
+    case: Case,
+    curves: dict[str, list[Tensor]],
 ) -> None:
-    """Score a case and keep its figures by column; a column's kinds are averaged."""
+    """Score a case and keep its figures and ROC by column; a column's kinds are averaged."""
     known = scorer.score(case.test)
     for column, kinds in suite.columns.items():
-        values = [detection(known, scorer.score(case.novel[kind])) for kind in kinds]
+        novel = [scorer.score(case.novel[kind]) for kind in kinds]
+        values = [detection(known, scores) for scores in novel]
+        curves.setdefault(column, []).append(mean_roc([(known, scores) for scores in novel]))
         row.setdefault(column, []).append(mean_detection(values))
         if len(kinds) > 1:
             for kind, value in zip(kinds, values, strict=True):
                 row.setdefault(f"{column}: {kind}", []).append(value)
+
+
+def _shown_curves(
+    column: str, means: Mapping[str, Mapping[str, Any]], curves: Curves
+) -> dict[str, list[float]]:
+    """Mean ROC of the combination and of the best row of either side."""
+    best = {
+        side: max(rows, key=lambda row: rows[row][column]["auroc"]) for side, rows in means.items()
+    }
+    names = {
+        COMBINED: COMBINED,
+        f"best of ours: {best['ours']}": best["ours"],
+        f"best of pytorch-ood: {best['theirs']}": best["theirs"],
+    }
+    if best["ours"] == COMBINED:
+        del names[COMBINED]
+    return {
+        name: [round(v, 4) for v in torch.stack(curves[row][column]).mean(0).tolist()]
+        for name, row in names.items()
+    }
 
 
 def _stand_ins(scorers: Sequence[NoveltyScorer], case: Case) -> list[StandIns]:
@@ -332,6 +371,7 @@ def policy_figures(model: Encodes) -> dict[str, Any]:
         "policy evidence": {},
         "logistic regressions": {},
     }
+    curves: Curves = {row: {} for row in rows}
     alarms: list[dict[str, float]] = []
     for hidden, node in enumerate(ids):
         mine = category["test"] == hidden
@@ -353,6 +393,7 @@ def policy_figures(model: Encodes) -> dict[str, Any]:
             for column, rest in (("safe content", safe), ("other risky content", others)):
                 value = detection(scores[rest], scores[mine])
                 rows[row].setdefault(column, []).append(value)
+                curves[row].setdefault(column, []).append(mean_roc([(scores[rest], scores[mine])]))
         calibration = evidence["validation"][category["validation"] != hidden]
         p = split_conformal(evidence["test"], calibration)
         alarms.append({
@@ -367,6 +408,13 @@ def policy_figures(model: Encodes) -> dict[str, Any]:
         "rows": _means(rows),
         "conformal": _mean_of(alarms),
         "categories": len(alarms),
+        "roc": {
+            f"policy, against {column}": {
+                row: [round(v, 4) for v in torch.stack(curves[row][column]).mean(0).tolist()]
+                for row in rows
+            }
+            for column in rows["policy evidence"]
+        },
         "notes": [
             f"policy: mean over {len(alarms)} categories with at least {LEAST_ITEMS} test "
             f"sentences in the contrast set ({counts['safe']} safe, {counts['risky']} risky). "
@@ -393,6 +441,31 @@ def _policy_head(items: Mapping[str, Encoded], category: Mapping[str, Tensor]) -
 
 
 # ---------------------------------------------------------------- output
+
+
+def _plot(out: Path, report: Mapping[str, Any]) -> list[Path]:
+    """Draw the ROC curves of a report; the files written, none without matplotlib."""
+    panels: dict[str, dict[str, tuple[Tensor, float]]] = {}
+    for suite in report["suites"]:
+        for column, shown in suite["roc"].items():
+            sides = suite["theirs"] | suite["ours"]
+            panels[column] = {
+                name: (torch.tensor(rates), sides[name.rpartition(": ")[2]][column]["auroc"])
+                for name, rates in shown.items()
+            }
+    if "policy" in report:
+        for title, shown in report["policy"]["roc"].items():
+            column = title.removeprefix("policy, against ")
+            rows = report["policy"]["rows"]
+            panels[title] = {
+                row: (torch.tensor(rates), rows[row][column]["auroc"])
+                for row, rates in shown.items()
+            }
+    try:
+        return plot_roc(out / "roc", panels)
+    except MissingExtraError as error:
+        print(f"hysafe: {error}", file=sys.stderr)
+        return []
 
 
 def _means(rows: Mapping[str, Mapping[str, list[Detection]]]) -> dict[str, dict[str, Any]]:

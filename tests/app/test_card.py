@@ -1,4 +1,4 @@
-"""The model card's figures: functionalities at a fixed recall, blocks of Markdown pages."""
+"""The model card's figures: functionalities at a fixed recall, calibration of nodes, plots, pages."""
 
 from __future__ import annotations
 
@@ -7,8 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from hysafe.app.card import _Texts, functional_figures, write_block
-from hysafe.errors import ConfigError
+from hysafe.app.card import (
+    _judge,
+    _Judged,
+    _plots,
+    _Texts,
+    functional_figures,
+    node_calibration,
+    write_block,
+)
+from hysafe.app.pipeline import SafetyModel, load
+from hysafe.errors import ConfigError, MissingExtraError
+from hysafe.geometry import Points
 from hysafe.types import Sample
 
 
@@ -46,3 +56,81 @@ def test_a_page_without_block_is_named(tmp_path: Path) -> None:
     page.write_text("nothing\n")
     with pytest.raises(ConfigError, match=r"page\.md: no block"):
         write_block(page, "| a |", {})
+
+
+@pytest.fixture(scope="module")
+def model() -> SafetyModel:
+    """The bundled model's heads."""
+    return load("mini", towers=False)
+
+
+@pytest.fixture(scope="module")
+def judged(model: SafetyModel) -> tuple[_Judged, list[str]]:
+    """Points around some apexes, and the categories of the risky ones."""
+    table, apexes = model.place(model.view())
+    nodes = ["6.1", "7.4", "S.6.1", "S.b1"] * 12
+    g = torch.Generator().manual_seed(0)
+    tangents = apexes.tangent()[[table.index[n] for n in nodes]]
+    noise = torch.randn(tangents.shape, generator=g) * tangents.norm(dim=-1, keepdim=True)
+    points = Points.from_tangent(tangents + 0.1 * noise, apexes.c, apexes.geometry)
+    unsafe = torch.tensor([not n.startswith("S") for n in nodes])
+    return _judge(model, points, unsafe, "text"), [n for n in nodes if not n.startswith("S")]
+
+
+def test_the_calibration_of_nodes_is_that_of_each_against_the_rest(
+    model: SafetyModel, judged: tuple[_Judged, list[str]]
+) -> None:
+    said, categories = judged
+    table, _ = model.place(model.view())
+    figures = node_calibration(said.scores.nodes, table, categories, said.unsafe)
+    true = iter(categories)
+    applies = [{n, f"D{n.split('.')[0]}"} if bad else set() for bad in said.unsafe.tolist()
+               for n in ([next(true)] if bad else [""])]  # fmt: skip
+    pairs: list[tuple[float, bool]] = []
+    errors = []
+    for node in (n for n in model.taxonomy if n.kind in ("domain", "category")):
+        if node.id == "S":
+            continue
+        column = said.scores.nodes[:, table.index[node.id]].tolist()
+        mine = sorted((s, node.id in a) for s, a in zip(column, applies, strict=True))
+        pairs += mine
+        errors.append(error_of(mine))
+    assert figures["node ECE, largest of one node"] == pytest.approx(max(errors), abs=1e-6)
+    assert figures["node ECE, domains and categories pooled"] == pytest.approx(
+        error_of(sorted(pairs)), abs=1e-4
+    )
+
+
+def error_of(pairs: list[tuple[float, bool]], bins: int = 15) -> float:
+    """Calibration error of sorted pairs in bins of equal count, the first ones longer by one."""
+    size, more = divmod(len(pairs), bins)
+    total, start = 0.0, 0
+    for i in range(bins):
+        part = pairs[start : start + size + (i < more)]
+        start += len(part)
+        total += abs(sum(s for s, _ in part) - sum(t for _, t in part))
+    return total / len(pairs)
+
+
+def test_the_plots_of_the_card(
+    model: SafetyModel, judged: tuple[_Judged, list[str]], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    said, _ = judged
+    models = {"mini": (model, said, None), "control": (model, said, said)}
+
+    def missing() -> None:
+        raise MissingExtraError("plots are left out: pip install")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hysafe.app.card.require_matplotlib", missing)
+        assert _plots(tmp_path, models) == []
+        assert capsys.readouterr().err == "hysafe: plots are left out: pip install\n"
+    pytest.importorskip("matplotlib")
+    names = {p.name for p in _plots(tmp_path, models)}
+    assert names == {p.name for p in tmp_path.iterdir()}
+    assert names == {f"{name}.{form}" for name in ("reliability", "risk_coverage", "radius")
+                     for form in ("svg", "png")}  # fmt: skip
+    radius = (tmp_path / "radius.svg").read_text()
+    assert all(words in radius for words in ("risk nodes", "harmless nodes", "geodesic radius"))
+    assert "control, ECE" in (tmp_path / "reliability.svg").read_text()

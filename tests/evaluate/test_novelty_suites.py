@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +21,7 @@ from hysafe.data import datamodule
 from hysafe.data.datamodule import EmbedData
 from hysafe.errors import ConfigError, InputError
 from hysafe.evaluate import novelty, novelty_data
+from hysafe.evaluate.curves import FPR_GRID
 from hysafe.evaluate.novelty_data import (
     Case,
     Suite,
@@ -243,7 +246,7 @@ def synthetic(seed: int = 0) -> Case:
     return Case("x", *make(30, known), *make(12, known), *make(12, known), novel, folds)
 
 
-def test_figures_of_a_suite_have_every_row_and_the_mean_of_their_kinds() -> None:
+def test_figures_of_a_suite_have_every_row_and_the_mean_of_their_kinds(tmp_path: Path) -> None:
     pytest.importorskip("pytorch_ood")
     case = synthetic()
     suite = Suite("s", [case, synthetic(1)], {"near": ["near"], "far": ["near", "other"]}, ("n",))
@@ -259,11 +262,39 @@ def test_figures_of_a_suite_have_every_row_and_the_mean_of_their_kinds() -> None
     assert figures["accuracy"]["nearest mean, points"] > 0.9
     assert figures["conformal"]["false-alarm rate at 0.05"] < 0.2
     assert sum(figures["chosen"]["Lorentz k-NN"].values()) == 2
+    assert set(figures["roc"]) == {"near", "far"}
+    for column, shown in figures["roc"].items():
+        assert 2 <= len(shown) <= 3
+        for name, rates in shown.items():
+            row = name.rpartition(": ")[2]
+            side = "theirs" if "pytorch-ood" in name else "ours"
+            area = float(torch.trapezoid(torch.tensor(rates), FPR_GRID))
+            assert area == pytest.approx(figures[side][row][column]["auroc"], abs=5e-3)
+            if name.startswith("best"):
+                assert figures[side][row][column]["auroc"] == max(
+                    values[column]["auroc"] for values in figures[side].values()
+                )
     report = {"suites": [figures], "setting": {"model": "m", "seed": 0, "limit": None, "torch": "",
                                                "threads": 1, "seconds": 0}}  # fmt: skip
     table = novelty._markdown(report)
     assert "| **combined** |" in table
     assert "novel = positive" in table
+    if importlib.util.find_spec("matplotlib"):
+        assert {p.name for p in novelty._plot(tmp_path, report)} == {"roc.svg", "roc.png"}
+        assert "combined, " in (tmp_path / "roc.svg").read_text()
+    else:
+        assert novelty._plot(tmp_path, report) == []
+
+
+def test_the_roc_of_a_column_is_the_mean_over_its_kinds() -> None:
+    scores = {"high": torch.tensor([2.0, 3.0]), "low": torch.tensor([-2.0, -3.0])}
+    case = SimpleNamespace(test=torch.tensor([0.0, 1.0]), novel=scores)
+    suite = SimpleNamespace(columns={"far": ["high", "low"], "near": ["high"]})
+    curves: dict[str, list[torch.Tensor]] = {}
+    scorer = SimpleNamespace(score=lambda items: items)
+    novelty._collect({}, suite, scorer, case, curves)  # type: ignore[arg-type]
+    assert curves["near"][0][:-1].tolist() == [1.0] * 100
+    assert curves["far"][0][:-1].tolist() == [0.5] * 100
 
 
 def test_settings_and_weights_see_no_test_item() -> None:
@@ -322,6 +353,7 @@ def test_one_run_of_the_command(
     report = json.loads((tmp_path / "out" / "novelty.json").read_text())
     assert [s["name"] for s in report["suites"]] == ["pictures", "clinc150"]
     assert report["policy"]["categories"] == 4
+    assert len(report["policy"]["roc"]) == 2
     table = (tmp_path / "out" / "novelty.md").read_text()
     assert table.strip() in shown
     assert "was trained without these classes" in table
