@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from hysafe.app.gallery import card_of, write_gallery
 from hysafe.app.pipeline import SafetyModel
 from hysafe.app.stored import judge_items, read_media, view_of
 from hysafe.data.images import decode
-from hysafe.errors import ConfigError, InputError
+from hysafe.errors import CollectionError, ConfigError, InputError
 from hysafe.geometry import Points
 from hysafe.index import Collection, Decision, EncodedItem
-from hysafe.index.search import Hit
+from hysafe.index.search import Hit, nearest_of
 from hysafe.taxonomy import Policy, PolicyView
 from hysafe.types import Result
 
@@ -69,6 +69,8 @@ def search(
     policy: Policy | None = None,
     where: str | None = None,
     k: int = 50,
+    approximate: bool | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> list[Found]:
     """The k best items, best first. Exactly one of `text`, `image`, `like` and `node` is given.
 
@@ -77,6 +79,9 @@ def search(
         like: id of an item of the collection. node: id of a node.
         policy: ratings (and node scores) are under it; by default the collection's own.
         where: SQL filter over the columns of the table, as stored.
+        approximate: read only the part of the index nearest to the query; by default above two
+            million points, if the collection has such an index.
+        progress: called with the share done where an approximate index has to be made first.
 
     Raises:
         CollectionError: another model, or another taxonomy. ConfigError: a wrong argument.
@@ -92,10 +97,12 @@ def search(
         hits = [Hit(row, float("nan"), channel) for row, _, channel in ranked]
         scores: Sequence[float | None] = [score for _, score, _ in ranked]
     else:
-        if like is not None:
-            hits = collection.like(like, k=k, where=where)
+        query = None if like is not None else encode_query(model, text=text, image=image)
+        if collection.index.ready(collection, approximate, progress=progress):
+            hits = _approximate(collection, query, like, where=where, k=k)
+        elif query is None:
+            hits = collection.like(str(like), k=k, where=where)
         else:
-            query = encode_query(model, text=text, image=image)
             (hits,) = collection.search(query, model=model.hash, k=k, where=where)
         scores = [None] * len(hits)
     items = collection.take([h.row for h in hits])
@@ -108,6 +115,26 @@ def search(
         )
         for item, j, hit, score in zip(items, judged, hits, scores, strict=True)
     ]  # fmt: skip
+
+
+def _approximate(
+    collection: Collection, query: Points | None, like: str | None, *, where: str | None, k: int
+) -> list[Hit]:
+    """The items near to a query, or to the points of the item `like`, which is left out."""
+    rows = None if where is None else collection.places(where)
+    if query is not None:
+        (hits,) = collection.index.search(query, k, rows=rows, approximate=True)
+        return hits
+    place = collection.place_of(str(like))
+    (item,) = collection.take([place])
+    if not item.points:
+        raise CollectionError(
+            f"{like}: the item could not be read, so it has no point. Take another one."
+        )
+    query = collection.points(np.concatenate(list(item.points.values())))
+    found = collection.index.search(query, k + 1, rows=rows, approximate=True)
+    near = nearest_of(found, k + 1)  # one more, for the item finds itself
+    return [hit for hit in near if hit.row != place][:k]
 
 
 def encode_query(

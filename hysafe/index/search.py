@@ -1,46 +1,67 @@
-r"""Exact nearest neighbours over all points of a collection.
+r"""Nearest neighbours over all points of a collection, exact or approximate.
 
 Distance in the Lorentz model falls as the inner product with the query's time negated rises,
 :math:`x_s\cdot q_s - x_t q_t = -\cosh(rd)/c`, so that one float32 product ranks all points. What
 float32 may get wrong is bounded (the product's time term is shortened by :data:`SLACK`), a
 shortlist by that bound is measured in float64, and it grows until nothing left out can be nearer:
-the result is that of a float64 search over all points.
+the result is that of a float64 search over all points. An approximate search does the same over
+the points of the :mod:`cells <hysafe.index.cells>` nearest to the query.
 
 The matrix [P, D + 1] and the tangent vectors [P, D] lie in ``index/`` beside the table, mapped
-into memory. They are built again whenever the table has changed, and never needed to open it.
+into memory, in the order of the scan or, once there are cells, in theirs. They are built again
+whenever the table has changed, and never needed to open it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import math
 import os
 import tempfile
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from hysafe.errors import ShapeError
+from hysafe.errors import CollectionError, ShapeError
 from hysafe.geometry import Points, get_space
+from hysafe.index.cells import Cells, assign, cell_count, fit_centers, fit_size
 
 if TYPE_CHECKING:
     from hysafe.index.collection import Collection
 
-__all__ = ["Hit", "PointIndex", "nearest_of"]
+__all__ = ["EXACT_UP_TO", "Hit", "PointIndex", "nearest_of"]
 
 FOLDER = "index"
 STATE = "state.json"
-FORMAT = 1
-# Points per product and queries at once: 16,384 x 64 floats are 4 MiB.
-POINT_BLOCK, QUERY_BLOCK = 16384, 64
+FORMAT = 2
+# Points up to which a search is exact where nobody says how.
+EXACT_UP_TO = 2_000_000
+# Share of the points that an approximate search reads, and at least so many for each item wanted.
+PROBED_SHARE, PROBED_LEAST, PROBED_PER_ITEM = 0.08, 10_000, 100
+# Queries at once, exact and approximate, and scores of one product: 1 MiB, which stays in the cache.
+QUERY_BLOCK, PROBE_BLOCK = 128, 256
+SCORES, MOST_ROWS = 1 << 18, 16384
+# Rows that are not all allowed are gathered below this share, else read and left out afterwards.
+GATHERED_SHARE, GATHERED_ROWS = 0.25, 8192
 # Shortlist: so many points for k items, four times as many when that was not enough.
 SHORTLIST_FACTOR, SHORTLIST_LEAST, GROWTH = 4, 64, 4
+# Scores of one block up to which a plain comparison is the fastest.
+FEW_SCORES = 1 << 14
+# Candidates are thinned when there are so many times those wanted.
+PENDING = 3
 # Pairs measured at once in float64.
-RERANK_BLOCK = 4096
+RERANK_BLOCK = 1024
+# Points written at once.
+WRITE_BLOCK = 65536
+
+LEAST = np.finfo(np.float32).min
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +91,25 @@ class _State:
     matrix: str
     tangents: str
     owners: str
+    # of the cells; "" where there are none. grouped: there were some, before the table changed
+    centers: str = ""
+    starts: str = ""
+    grouped: bool = False
     format: int = FORMAT
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        names = (self.matrix, self.tangents, self.owners, self.centers, self.starts)
+        return tuple(n for n in names if n)
+
+    @classmethod
+    def read(cls, folder: Path) -> _State:
+        return cls(**json.loads((folder / STATE).read_text("utf-8")))
+
+    def write(self, folder: Path) -> None:
+        partial = folder / f"{STATE}.{os.getpid()}.tmp"
+        partial.write_text(json.dumps(asdict(self)), "utf-8")
+        partial.replace(folder / STATE)
 
 
 CHANNELS = ("image", "text", "ocr")
@@ -82,7 +121,9 @@ class PointIndex:
     Args:
         matrix: space components and the time (Euclidean: half the squared norm), float32
             [P, D + 1]. tangents: float32 [P, D].
-        owners: row of the item and channel of each point, int64 [P, 2], rows ascending.
+        owners: row of the item and channel of each point, int64 [P, 2].
+        cells: where each cell lies among the points; None where none are made.
+        grouped: whether cells are wanted: they are there, or were before the table changed.
     """
 
     def __init__(
@@ -94,9 +135,14 @@ class PointIndex:
         c: float,
         geometry: str,
         key: tuple[str, int] = ("", 0),
+        cells: Cells | None = None,
+        grouped: bool = False,
     ) -> None:
         self.matrix, self.tangents, self.owners = matrix, tangents, owners
         self.c, self.geometry, self._key = c, geometry, key
+        self.cells, self.grouped = cells, grouped
+        self._centers: np.ndarray | None = None
+        self._warned = self._failed = False
 
     def __len__(self) -> int:
         return len(self.matrix)
@@ -135,7 +181,7 @@ class PointIndex:
     @classmethod
     def _load(cls, folder: Path, collection: Collection) -> PointIndex | None:
         try:
-            state = _State(**json.loads((folder / STATE).read_text("utf-8")))
+            state = _State.read(folder)
             wanted = (FORMAT, collection.meta.stamp, collection.version, collection.meta.model)
             if (state.format, state.stamp, state.version, state.model) != wanted:
                 return None
@@ -147,6 +193,8 @@ class PointIndex:
                 c=collection.meta.c,
                 geometry=collection.meta.geometry,
                 key=(state.stamp, state.version),
+                cells=_load_cells(folder, state),
+                grouped=state.grouped,
             )
         except (OSError, ValueError, TypeError) as error:
             log.debug("%s: no usable index: %s", folder, error)
@@ -161,6 +209,8 @@ class PointIndex:
             meta.stamp, version, meta.model, 0, meta.dim,
             f"matrix-{name}.f32", f"tangents-{name}.f32", f"owners-{name}.i64",
         )  # fmt: skip
+        with contextlib.suppress(OSError, ValueError, TypeError):  # of an index before, if any
+            state = replace(state, grouped=_State.read(folder).grouped)
         count = row = 0
         with (
             (folder / state.matrix).open("wb") as matrix,
@@ -181,45 +231,159 @@ class PointIndex:
                     matrix.write(_extended(stack, meta.c, meta.geometry).tobytes())
                     owners.write(np.array(owned, dtype=np.int64).tobytes())
                     count += len(owned)
-        partial = folder / f"{STATE}.{os.getpid()}.tmp"
-        partial.write_text(json.dumps(asdict(state) | {"points": count}), "utf-8")
-        partial.replace(folder / STATE)
+        replace(state, points=count).write(folder)
         for old in folder.iterdir():  # files of earlier versions; who maps them keeps them
             if old.suffix in (".f32", ".i64") and f"-{meta.stamp[:12]}-{version}-" not in old.name:
                 old.unlink(missing_ok=True)
 
+    def group(
+        self, collection: Collection, *, progress: Callable[[float], None] | None = None
+    ) -> None:
+        """Make the cells for approximate search and put the points in their order, on disk too.
+
+        Args:
+            progress: called with the share of the work done.
+
+        Raises:
+            CollectionError: the index cannot be written beside the collection.
+        """
+        folder = collection.folder / FOLDER
+        try:
+            state = _State.read(folder)
+            if (state.stamp, state.version) != self._key:
+                raise OSError("it is of another version of the table")
+            self._group(folder, state, progress)
+        except (OSError, ValueError, TypeError) as error:
+            raise CollectionError(
+                f"{folder}: no approximate index can be written ({error}). Free the disk or the "
+                "folder, or search exactly: --exact"
+            ) from error
+
+    def _group(self, folder: Path, state: _State, progress: Callable[[float], None] | None) -> None:
+        count = cell_count(len(self))
+        fitting = fit_size(len(self), count)
+
+        def done(points: int) -> None:
+            if progress:
+                progress(points / (fitting + len(self)))
+
+        centers = fit_centers(self.tangents, count, progress=done)
+        cell = assign(self.tangents, centers, progress=done, done=fitting)
+        order = np.argsort(cell, kind="stable")
+        starts = np.searchsorted(cell[order], np.arange(len(centers) + 1))
+        name = f"{state.stamp[:12]}-{state.version}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        grouped = replace(
+            state, grouped=True, matrix=f"matrix-{name}.f32", tangents=f"tangents-{name}.f32",
+            owners=f"owners-{name}.i64", centers=f"centers-{name}.f32",
+            starts=f"starts-{name}.i64",
+        )  # fmt: skip
+        try:
+            for array, file in (
+                (self.matrix, grouped.matrix), (self.tangents, grouped.tangents),
+                (self.owners, grouped.owners),
+            ):  # fmt: skip
+                with (folder / file).open("wb") as out:
+                    for low in range(0, len(order), WRITE_BLOCK):
+                        out.write(array[order[low : low + WRITE_BLOCK]].tobytes())
+            (folder / grouped.centers).write_bytes(centers.tobytes())
+            (folder / grouped.starts).write_bytes(starts.astype(np.int64).tobytes())
+            n, dim = state.points, state.dim
+            matrix = _map(folder / grouped.matrix, np.float32, (n, dim + 1))
+            tangents = _map(folder / grouped.tangents, np.float32, (n, dim))
+            owners = _map(folder / grouped.owners, np.int64, (n, 2))
+            grouped.write(folder)
+        except OSError:
+            for file in grouped.files:
+                (folder / file).unlink(missing_ok=True)
+            raise
+        for file in state.files:
+            (folder / file).unlink(missing_ok=True)
+        self.matrix, self.tangents, self.owners = matrix, tangents, owners
+        self.cells, self.grouped, self._centers = Cells(centers, starts), True, None
+
+    def ready(
+        self,
+        collection: Collection,
+        approximate: bool | None = None,
+        *,
+        progress: Callable[[float], None] | None = None,
+    ) -> bool:
+        """Whether to search approximately: as asked, by default above :data:`EXACT_UP_TO` points.
+
+        Missing cells are made if they were asked for, or were there before the table changed. A
+        warning says it where they are missed: the search is exact then.
+        """
+        if approximate is None:
+            approximate = len(self) > EXACT_UP_TO
+            make = approximate and self.grouped
+        else:
+            make = approximate
+        if not approximate:
+            return False
+        if self.cells is None and make and not self._failed:
+            try:
+                self.group(collection, progress=progress)
+            except CollectionError as error:
+                self._failed = True
+                log.warning("%s", error)
+        if self.cells is None:
+            self._warn()
+        return self.cells is not None
+
+    def _warn(self) -> None:
+        if not self._warned:
+            log.warning("no approximate index: searched exactly. Make one: hysafe index COLLECTION")
+        self._warned = True
+
     # ------------------------------------------------------------ search
 
-    def search(self, query: Points, k: int, *, rows: np.ndarray | None = None) -> list[list[Hit]]:
+    def search(
+        self, query: Points, k: int, *, rows: np.ndarray | None = None, approximate: bool = False
+    ) -> list[list[Hit]]:
         """The k nearest items of each query, nearest first; equal distances by row.
 
         Args:
             query: [Q, D], of the collection's space.
             rows: rows of the items that may be found; None for all.
+            approximate: read only the cells nearest to each query. Without cells the search is
+                exact, and a warning says so once.
 
         Raises:
             ShapeError: the query is of another space or dimension.
         """
         self._check(query)
+        cells = self.cells if approximate else None
+        if approximate and cells is None:
+            self._warn()
         tangents = query.tangent().double()
         allowed = None if rows is None else np.isin(self.owners[:, 0], rows)
-        size = len(self) if allowed is None else int(allowed.sum())
+        size = len(self) if allowed is None else int(np.count_nonzero(allowed))
         found: list[list[Hit]] = [[] for _ in range(len(query))]
         if not size or k < 1:
             return found
         pending = np.arange(len(query))
         shortlist = max(SHORTLIST_FACTOR * k, SHORTLIST_LEAST)
+        step = QUERY_BLOCK if cells is None else PROBE_BLOCK
         while len(pending):
             shortlist = min(shortlist, size)
             left = []
-            for start in range(0, len(pending), QUERY_BLOCK):
-                block = pending[start : start + QUERY_BLOCK]
+            for start in range(0, len(pending), step):
+                block = pending[start : start + step]
                 q = tangents[torch.from_numpy(block)]
-                bound, index = self._shortlist(q, shortlist, allowed)
-                for j, number in enumerate(block.tolist()):
-                    hits, certain = self._measure(q[j], bound[j], index[j], k, shortlist == size)
+                best = _Shortlist(len(q), shortlist)
+                if cells is None:
+                    self._read_all(self._bounding(q), best, allowed)
+                else:
+                    self._read_cells(cells, self._bounding(q), best, allowed, k)
+                bound, index = best.sorted()
+                distance = self._distances(q, index, np.isfinite(bound))
+                for j, (number, hits) in enumerate(
+                    zip(block.tolist(), self._hits(distance, index, k), strict=True)
+                ):
                     found[number] = hits
-                    if not certain:
+                    last = float(bound[j, -1])
+                    whole = shortlist == size or np.isinf(last)  # nothing read was left out
+                    if not whole and not self._certain(hits, k, q[j], last):
                         left.append(number)
             pending = np.array(left, dtype=int)
             shortlist *= GROWTH
@@ -238,32 +402,67 @@ class PointIndex:
                 f"{self.c:g}. Encode it with the collection's model."
             )
 
-    def _shortlist(
-        self, tangents: torch.Tensor, size: int, allowed: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Upper bounds of the product and the points they belong to, [Q, size], best first."""
-        query = self._bounding(tangents).float()
-        best = torch.empty(len(query), 0)
-        index = torch.empty(len(query), 0, dtype=torch.long)
-        for low in range(0, len(self), POINT_BLOCK):
-            block = torch.from_numpy(np.asarray(self.matrix[low : low + POINT_BLOCK]))
-            score = query @ block.T
+    def _read_all(self, query: np.ndarray, best: _Shortlist, allowed: np.ndarray | None) -> None:
+        """Score all points, or those allowed, for queries [Q, D + 1]."""
+        weight = query.T
+        size = min(MOST_ROWS, max(1, SCORES // len(query)))
+        # memory asked for anew for each block costs a tenth of the product
+        memory = np.empty((min(size, len(self)), len(query)), dtype=np.float32)
+        if allowed is not None and np.count_nonzero(allowed) < GATHERED_SHARE * len(self):
+            places = np.flatnonzero(allowed)
+            size = min(size, GATHERED_ROWS)
+            for low in range(0, len(places), size):
+                block = places[low : low + size]
+                score = np.matmul(self.matrix[block], weight, out=memory[: len(block)])
+                best.add(score, block)
+            return
+        for low in range(0, len(self), size):
+            block = self.matrix[low : low + size]
+            score = np.matmul(block, weight, out=memory[: len(block)])
             if allowed is not None:
-                score[:, torch.from_numpy(~allowed[low : low + POINT_BLOCK])] = -torch.inf
-            score, column = score.topk(min(size, score.shape[1]), dim=1)
-            best = torch.cat((best, score), 1)
-            index = torch.cat((index, column + low), 1)
-            best, order = best.topk(min(size, best.shape[1]), dim=1)
-            index = index.gather(1, order)
-        return best.double().numpy(), index.numpy()
+                score[~allowed[low : low + size]] = -np.inf
+            best.add(score, low)
 
-    def _bounding(self, tangents: torch.Tensor) -> torch.Tensor:
+    def _read_cells(
+        self, cells: Cells, query: np.ndarray, best: _Shortlist, allowed: np.ndarray | None, k: int
+    ) -> None:
+        """Score the points of the cells nearest to each of the queries [Q, D + 1]."""
+        sizes = cells.sizes(allowed)
+        wanted = max(PROBED_SHARE * sizes.sum(), PROBED_LEAST, PROBED_PER_ITEM * k)
+        if self._centers is None:
+            self._centers = _extended(cells.centers, self.c, self.geometry)
+        near = query @ self._centers.T
+        chosen = cells.nearest(near, sizes, int(wanted))
+        # of each query its nearest cells first, so that little of the others is worth keeping
+        members: dict[int, list[int]] = {}
+        for j, numbers in enumerate(chosen):
+            first = int(np.searchsorted(np.cumsum(sizes[numbers]), PENDING * best.size)) + 1
+            if len(query) == 1:
+                first = len(numbers)
+            spans = [slice(*cells.starts[n : n + 2]) for n in np.sort(numbers[:first])]
+            score = np.concatenate([self.matrix[s] @ query[j] for s in spans])
+            places = np.concatenate([np.arange(s.start, s.stop) for s in spans])
+            if allowed is not None:
+                score[~allowed[places]] = -np.inf
+            best.add(score[:, None], places, np.array([j]))
+            for n in numbers[first:].tolist():
+                members.setdefault(n, []).append(j)
+        for n, asking in sorted(members.items()):
+            low, high = cells.starts[n : n + 2].tolist()
+            score = self.matrix[low:high] @ query[asking].T
+            if allowed is not None:
+                score[~allowed[low:high]] = -np.inf
+            best.add(score, low, np.array(asking))
+
+    def _bounding(self, tangents: torch.Tensor) -> np.ndarray:
         """Queries [Q, D + 1] whose float32 product with the matrix is never below the true one."""
         space = get_space(self.geometry).exp_map0(tangents, self.c)
         if self.geometry == "lorentz":
             time = (1 / self.c + space.square().sum(-1, keepdim=True)).sqrt()
-            return torch.cat((space, -(1 - self._slack) * time), 1)
-        return torch.cat((space, torch.full_like(space[:, :1], -(1 - 2 * self._slack))), 1)
+            last = -(1 - self._slack) * time
+        else:
+            last = torch.full_like(space[:, :1], -(1 - 2 * self._slack))
+        return torch.cat((space, last), 1).float().numpy()
 
     @property
     def _slack(self) -> float:
@@ -276,37 +475,44 @@ class PointIndex:
         n = self.matrix.shape[1] + 4
         return 2 * n * unit / (1 - n * unit)
 
-    def _measure(
-        self, query: torch.Tensor, bound: np.ndarray, index: np.ndarray, k: int, whole: bool
-    ) -> tuple[list[Hit], bool]:
-        """The k nearest items of a shortlist, and whether no other item can be nearer."""
-        index = index[np.isfinite(bound)]
-        distances = np.concatenate(
-            [
-                self._distances(query, index[i : i + RERANK_BLOCK])
-                for i in range(0, len(index), RERANK_BLOCK)
-            ]
-        )
-        owners = np.asarray(self.owners[index])
-        hits: list[Hit] = []
-        seen: set[int] = set()
-        for place in np.lexsort((owners[:, 1], owners[:, 0], distances)).tolist():
-            row, channel = owners[place].tolist()
-            if row not in seen:
-                seen.add(row)
-                hits.append(Hit(row, float(distances[place]), CHANNELS[channel]))
-                if len(hits) == k:
-                    break
-        if whole:
-            return hits, True
-        # the shortlist's last bound is above the product of every point outside of it
-        return hits, len(hits) == k and self._product(hits[-1].distance, query) > float(bound[-1])
+    def _distances(self, query: torch.Tensor, index: np.ndarray, there: np.ndarray) -> np.ndarray:
+        """Distances [Q, S] of queries (tangent vectors [Q, D]) to points, in float64.
 
-    def _distances(self, query: torch.Tensor, index: np.ndarray) -> np.ndarray:
+        Args:
+            index: of the points [Q, S]. there: which of them count; the others are at infinity.
+        """
         space = get_space(self.geometry)
-        tangents = torch.from_numpy(np.asarray(self.tangents[index])).double()
-        points = space.exp_map0(tangents, self.c)
-        return space.dist(space.exp_map0(query[None], self.c), points, self.c).numpy()
+        origin = space.exp_map0(query, self.c)
+        distance = np.full(index.shape, np.inf)
+        which, place = np.nonzero(there)
+        for low in range(0, len(which), RERANK_BLOCK):
+            i, j = which[low : low + RERANK_BLOCK], place[low : low + RERANK_BLOCK]
+            tangents = torch.from_numpy(self.tangents[index[i, j]]).double()
+            points = space.exp_map0(tangents, self.c)
+            near = space.dist(origin[torch.from_numpy(i)], points, self.c)
+            distance[i, j] = near.numpy()
+        return distance
+
+    def _hits(self, distance: np.ndarray, index: np.ndarray, k: int) -> list[list[Hit]]:
+        """The k nearest items among the points measured for each query, both [Q, S]."""
+        owners = self.owners[index]
+        row, channel = owners[..., 0], owners[..., 1]
+        order = np.lexsort((channel, row, distance))
+        sorted_ = (np.take_along_axis(a, order, 1).tolist() for a in (row, distance, channel))
+        found = []
+        for points in zip(*sorted_, strict=True):
+            hits: dict[int, Hit] = {}
+            for number, near, name in zip(*points, strict=True):
+                if near == math.inf or len(hits) == k:
+                    break
+                if number not in hits:
+                    hits[number] = Hit(number, near, CHANNELS[name])
+            found.append(list(hits.values()))
+        return found
+
+    def _certain(self, hits: list[Hit], k: int, query: torch.Tensor, bound: float) -> bool:
+        """Whether no point with a product below the bound can be nearer than the hits."""
+        return len(hits) == k and self._product(hits[-1].distance, query) > bound
 
     def _product(self, distance: float, query: torch.Tensor) -> float:
         """What the product is at a distance from the query, less what bounds are off by."""
@@ -314,6 +520,97 @@ class PointIndex:
             return float(-np.cosh(np.sqrt(self.c) * distance) / self.c)
         square = float(query.square().sum())
         return (square - distance**2) / 2 - self._slack * square
+
+
+class _Shortlist:
+    """The `size` best points of each query, of those added so far."""
+
+    def __init__(self, queries: int, size: int) -> None:
+        self.size = size
+        # a score below is of no use; minus infinity (not allowed) never is
+        self._limit = np.full(queries, LEAST, dtype=np.float32)
+        self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._pending = 0
+
+    def add(
+        self, score: np.ndarray, places: np.ndarray | int, queries: np.ndarray | None = None
+    ) -> None:
+        """Points to choose from.
+
+        Args:
+            score: float32 [n, q]. places: of the points [n], or of the first of a row of them.
+            queries: numbers of the queries [q]; None for all.
+        """
+        limit = self._limit if queries is None else self._limit[queries]
+        rank = len(score) - self.size
+        if rank > 0 and (limit == LEAST).any():  # these points are enough for a limit
+            limit = np.maximum(limit, np.partition(score, rank, axis=0)[rank])
+            self._limit[slice(None) if queries is None else queries] = limit
+        point, query = _at_least(score, limit)
+        value = score[point, query]
+        point = point + places if isinstance(places, int) else places[point]
+        self._parts.append((query if queries is None else queries[query], value, point))
+        self._pending += len(point)
+        if self._pending > PENDING * self.size * len(self._limit):
+            self._thin()
+
+    def sorted(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scores (float64) and places [Q, size], best first; minus infinity where there are less."""
+        self._thin()
+        ((query, score, place),) = self._parts
+        rank = np.arange(len(query)) - np.searchsorted(query, query)
+        best = np.full((len(self._limit), self.size), -np.inf)
+        index = np.zeros(best.shape, dtype=np.int64)
+        best[query, rank], index[query, rank] = score, place
+        return best, index
+
+    def _thin(self) -> None:
+        query, score, place = (np.concatenate(p) for p in zip(*self._parts, strict=True))
+        order = np.lexsort((-score, query))
+        query, score, place = query[order], score[order], place[order]
+        rank = np.arange(len(query)) - np.searchsorted(query, query)
+        last = rank == self.size - 1
+        self._limit[query[last]] = score[last]
+        keep = rank < self.size
+        self._parts = [(query[keep], score[keep], place[keep])]
+        self._pending = int(np.count_nonzero(keep))
+
+
+def _at_least(score: np.ndarray, limit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of the few scores [n, q] that are not below the limit of their column [q].
+
+    Many of them by eights of rows: numpy's loop over a short row costs more than the row.
+    """
+    if score.size < FEW_SCORES:
+        row, column = np.nonzero(score >= limit)
+        return row, column
+    whole = len(score) - len(score) % 8
+    width = score.shape[1]
+    mask = np.ascontiguousarray(score[:whole]).reshape(-1, 8 * width) >= np.tile(limit, 8)
+    flat = mask.reshape(-1)
+    eights = np.flatnonzero(flat.view(np.uint64))
+    place, offset = np.nonzero(flat.reshape(-1, 8)[eights])
+    row, column = np.divmod(eights[place] * 8 + offset, width)
+    if whole == len(score):
+        return row, column
+    last = np.nonzero(score[whole:] >= limit)
+    return np.concatenate((row, last[0] + whole)), np.concatenate((column, last[1]))
+
+
+def _load_cells(folder: Path, state: _State) -> Cells | None:
+    """The stored cells; None where there are none, or damaged ones."""
+    if not state.centers:
+        return None
+    try:
+        count = (folder / state.starts).stat().st_size // np.dtype(np.int64).itemsize - 1
+        cells = Cells(
+            _map(folder / state.centers, np.float32, (count, state.dim)),
+            _map(folder / state.starts, np.int64, (count + 1,)),
+        )
+        return cells if cells.fit(state.points) else None
+    except (OSError, ValueError) as error:
+        log.debug("%s: no usable cells: %s", folder, error)
+        return None
 
 
 def nearest_of(found: Iterable[list[Hit]], k: int) -> list[Hit]:
@@ -334,11 +631,12 @@ def _extended(tangents: np.ndarray, c: float, geometry: str) -> np.ndarray:
     return torch.cat((space, last), 1).float().numpy()
 
 
-def _map(path: Path, dtype: type, shape: tuple[int, int]) -> np.ndarray:
+def _map(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
     """A file mapped into memory; the wrong size is a ValueError."""
-    size = shape[0] * shape[1] * np.dtype(dtype).itemsize
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     if path.stat().st_size != size:
         raise ValueError(f"{path}: {path.stat().st_size} bytes, wanted {size}")
     if not size:
         return np.empty(shape, dtype=dtype)
-    return np.memmap(path, dtype=dtype, mode="c", shape=shape)
+    # as a plain array: a slice of a memmap costs ten times as much
+    return np.asarray(np.memmap(path, dtype=dtype, mode="c", shape=shape))

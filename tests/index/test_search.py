@@ -1,4 +1,4 @@
-"""Exact search: what it finds is what a float64 search over all points finds."""
+"""Exact search finds what a float64 search over all points finds; approximate search most of it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hysafe.errors import CollectionError, ShapeError
 from hysafe.geometry import Points, get_space
 from hysafe.index import Collection, CollectionMeta, CollectionWriter, EncodedItem, Row
 from hysafe.index import search as search_module
+from hysafe.index.cells import Cells, assign, cell_count, fit_centers
 from hysafe.index.search import FOLDER, STATE, PointIndex
 from hysafe.types import Hashes, NoveltyScores, Result
 
@@ -84,8 +85,10 @@ def brute(rows: list[Row], query: torch.Tensor, k: int, meta: CollectionMeta) ->
 def test_search_finds_what_a_float64_search_finds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, geometry: str, radius: float
 ) -> None:
-    monkeypatch.setattr(search_module, "POINT_BLOCK", 37)  # several blocks, the last one odd
+    monkeypatch.setattr(search_module, "SCORES", 150)  # several blocks, the last one odd
     monkeypatch.setattr(search_module, "SHORTLIST_LEAST", 3)  # the first shortlist is too short
+    monkeypatch.setattr(search_module, "SHORTLIST_FACTOR", 1)
+    monkeypatch.setattr(search_module, "FEW_SCORES", 0)
     monkeypatch.setattr(search_module, "QUERY_BLOCK", 4)
     meta = replace(META, geometry=geometry)
     rows = sample(300, radius=radius)
@@ -230,3 +233,220 @@ def test_a_collection_that_cannot_be_written_to_is_searched(
     (tmp_path / FOLDER).write_text("a file stands where the folder would be")
     query = Points.from_tangent(torch.zeros(1, DIM), C)
     assert len(collection.search(query, model=META.model, k=5)[0]) == 5
+
+
+# ---------------------------------------------------------------- cells
+
+
+def test_cells_hold_every_point_once_and_k_means_finds_clusters() -> None:
+    generator = np.random.default_rng(0)
+    means = 10 * generator.normal(size=(6, DIM))
+    truth = generator.integers(6, size=600)
+    points = (means[truth] + generator.normal(size=(600, DIM))).astype(np.float32)
+    cell = assign(points, fit_centers(points, 6, seed=1))
+    for number in range(6):  # a cell holds points of few clusters, k-means being no perfect one
+        assert len(set(truth[cell == number].tolist())) <= 2
+    np.testing.assert_allclose(fit_centers(points[:50], 1)[0], points[:50].mean(axis=0), rtol=1e-4)
+    wanted = [np.linalg.norm(means - p, axis=1).argmin() for p in points]
+    assert assign(points, means.astype(np.float32)).tolist() == wanted
+    assert cell_count(0) == 0
+    assert cell_count(1) == 1
+    assert cell_count(10**8) == 4096
+
+
+def test_the_nearest_cells_hold_as_many_points_as_wanted() -> None:
+    cells = Cells(np.zeros((4, 2), np.float32), np.array([0, 5, 5, 8, 20]))
+    assert cells.fit(20)
+    assert not cells.fit(21)
+    assert not Cells(cells.centers, cells.starts[::-1].copy()).fit(20)
+    score = np.array([[4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]])
+    chosen = [c.tolist() for c in cells.nearest(score, cells.sizes(None), 6)]
+    assert chosen == [[0, 2], [3]]  # cell 1 is empty
+    allowed = np.zeros(20, dtype=bool)
+    allowed[[0, 6, 7, 19]] = True
+    assert cells.sizes(allowed).tolist() == [1, 0, 2, 1]
+    assert [c.tolist() for c in cells.nearest(score, cells.sizes(allowed), 99)] == [
+        [0, 2, 3],
+        [3, 2, 0],
+    ]
+
+
+@pytest.fixture
+def small_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search_module, "PROBED_SHARE", 0.3)
+    monkeypatch.setattr(search_module, "PROBED_LEAST", 1)
+    monkeypatch.setattr(search_module, "PROBED_PER_ITEM", 1)
+    monkeypatch.setattr(search_module, "SHORTLIST_LEAST", 4)
+
+
+@pytest.mark.parametrize("geometry", ["lorentz", "euclidean"])
+@pytest.mark.usefixtures("small_probes")
+def test_approximate_search_finds_most_and_measures_exactly(tmp_path: Path, geometry: str) -> None:
+    meta = replace(META, geometry=geometry)
+    rows = sample(600)
+    collection = collection_of(tmp_path, rows, meta)
+    exact = collection.index
+    # beside items, as real queries are: in the open all points of 8 dimensions are equally far
+    near = np.concatenate([r.vector[None] for r in rows[:80] if r.vector is not None])
+    query = collection.points(near + 0.05 * np.random.default_rng(3).normal(size=near.shape))
+    wanted = exact.search(query, 5)
+    exact.group(collection)
+    index = Collection.open(tmp_path).index
+    assert index.cells is not None
+    read = []
+    monkey = index._read_cells
+    index._read_cells = lambda *a: read.append(1) or monkey(*a)  # type: ignore[method-assign]
+    found = index.search(query, 5, approximate=True)
+    assert read
+    assert index.search(query, 5) == wanted  # exact search over the regrouped points
+    both = [
+        len({h.row for h in f} & {h.row for h in w}) for f, w in zip(found, wanted, strict=True)
+    ]
+    assert 0.9 <= np.mean(both) / 5 < 1  # most of them, and not all
+    for j in range(9):  # alone as in a batch
+        (alone,) = index.search(query[j : j + 1], 5, approximate=True)
+        assert [h.row for h in alone] == [h.row for h in found[j]]
+    for hits in found:
+        assert [h.distance for h in hits] == sorted(h.distance for h in hits)
+        assert len({h.row for h in hits}) == 5
+
+
+@pytest.mark.usefixtures("small_probes")
+def test_approximate_search_reads_until_enough_allowed_points_are_seen(tmp_path: Path) -> None:
+    rows = sample(400)
+    collection = collection_of(tmp_path, rows)
+    index = collection.index
+    index.group(collection)
+    query = collection.points(rows[7].vector[None])  # type: ignore[index]
+    few = np.array([3, 4, 250, 399])
+    (hits,) = index.search(query, 99, rows=few, approximate=True)
+    assert sorted(h.row for h in hits) == few.tolist()
+    (hits,) = index.search(query, 3, rows=np.arange(0, 400, 2), approximate=True)
+    assert all(h.row % 2 == 0 for h in hits)
+    assert len(hits) == 3
+    assert index.search(query, 3, rows=np.array([], int), approximate=True) == [[]]
+
+
+@pytest.mark.usefixtures("small_probes")
+def test_a_query_far_out_finds_near_points_of_another_radius(tmp_path: Path) -> None:
+    """By L2 of tangent vectors the cells of the query's own radius come first, by distance last."""
+    generator = np.random.default_rng(5)
+
+    def around(n: int, radius: float) -> np.ndarray:
+        v = generator.normal(size=(n, DIM))
+        return (radius * v / np.linalg.norm(v, axis=1, keepdims=True)).astype(np.float32)
+
+    # those far out all in one direction, near to the query by L2
+    cluster = around(1, 9.0) + 0.5 * around(720, 9.0)
+    cluster *= 9 / np.linalg.norm(cluster, axis=1, keepdims=True)
+    vectors = np.concatenate((around(300, 1.5), cluster[20:]))
+    rows = [row(n, {"text": v[None]}) for n, v in enumerate(vectors)]
+    collection = collection_of(tmp_path, rows)
+    index = collection.index
+    query = collection.points(cluster[:20])
+    wanted = index.search(query, 3)
+    assert np.mean([h.row < 300 for hits in wanted for h in hits]) > 0.9
+    index.group(collection)
+    found = index.search(query, 3, approximate=True)
+    both = [
+        len({h.row for h in f} & {h.row for h in w}) for f, w in zip(found, wanted, strict=True)
+    ]
+    assert np.mean(both) / 3 > 0.8
+
+
+def test_cells_are_kept_and_made_again_when_the_table_changed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = sample(60)
+    writer = CollectionWriter(tmp_path, META)
+    writer.append(rows[:40])
+    collection = Collection.open(tmp_path)
+    index = collection.index
+    assert not index.ready(collection)  # small: exact
+    assert not index.ready(collection, False)
+    monkeypatch.setattr(search_module, "EXACT_UP_TO", 10)
+    for _ in range(2):
+        assert not index.ready(collection)  # none was ever made
+    assert [r.message for r in caplog.records] == [
+        "no approximate index: searched exactly. Make one: hysafe index COLLECTION"
+    ]
+    shares: list[float] = []
+    assert index.ready(collection, True, progress=shares.append)
+    assert shares[-1] == 1
+    assert shares == sorted(shares)
+    files = {p.name for p in (tmp_path / FOLDER).iterdir()}
+    assert len(files) == 6
+    again = Collection.open(tmp_path)
+    assert again.index.ready(again)
+    assert {p.name for p in (tmp_path / FOLDER).iterdir()} == files  # nothing was made again
+    writer.append(rows[40:])
+    grown = Collection.open(tmp_path)
+    assert grown.index.cells is None
+    assert grown.index.ready(grown)  # cells were wanted before
+    assert grown.index.cells is not None
+    assert grown.index.cells.starts[-1] == len(grown.index) > len(index)
+    assert len(list((tmp_path / FOLDER).iterdir())) == 6
+    other = replace(META, stamp="other", model="n" * 16)
+    CollectionWriter(tmp_path, other).append(rows[:20])
+    rescanned = Collection.open(tmp_path)
+    assert rescanned.index.cells is None
+    assert rescanned.index.ready(rescanned)
+
+
+def test_damaged_cells_are_never_fatal(tmp_path: Path) -> None:
+    collection = collection_of(tmp_path, sample(60))
+    query = collection.points(np.ones((1, DIM), np.float32))
+    collection.index.group(collection)
+    wanted = collection.index.search(query, 5)
+    for name, damage in (
+        ("starts", lambda p: p.write_bytes(p.read_bytes()[:-8])),
+        ("starts", lambda p: p.write_bytes(bytes(8) + b"\xff" * (p.stat().st_size - 8))),
+        ("centers", lambda p: p.write_bytes(b"")),
+        ("centers", lambda p: p.write_bytes(b"\xff" * p.stat().st_size)),
+        ("centers", lambda p: p.unlink()),
+        ("matrix", lambda p: p.unlink()),
+    ):
+        damage(next((tmp_path / FOLDER).glob(f"{name}*")))
+        fresh = Collection.open(tmp_path)
+        assert fresh.index.cells is None
+        assert fresh.index.search(query, 5, approximate=True) == wanted
+        assert fresh.index.ready(fresh, True)
+        assert Collection.open(tmp_path).index.search(query, 5, approximate=True) == wanted
+
+
+def test_where_cells_cannot_be_written_the_search_is_exact(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    collection = collection_of(tmp_path, sample(30))
+    (tmp_path / FOLDER).write_text("a file stands where the folder would be")
+    index = collection.index
+    assert not index.ready(collection, True)
+    query = collection.points(np.zeros((1, DIM), np.float32))
+    assert len(index.search(query, 5, approximate=True)[0]) == 5
+    assert "no approximate index can be written" in caplog.text
+    assert caplog.text.count("searched exactly") == 1
+    with pytest.raises(CollectionError, match="no approximate index can be written"):
+        index.group(collection)
+
+
+def test_an_empty_collection_can_be_indexed(tmp_path: Path) -> None:
+    collection = collection_of(tmp_path, [])
+    assert collection.index.ready(collection, True)
+    query = collection.points(np.zeros((1, DIM), np.float32))
+    assert Collection.open(tmp_path).index.search(query, 5, approximate=True) == [[]]
+
+
+def test_a_full_disk_leaves_the_index_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collection = collection_of(tmp_path, sample(30))
+    index = collection.index
+    before = {p.name: p.read_bytes() for p in (tmp_path / FOLDER).iterdir()}
+
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(CollectionError, match="No space left"):
+        index.group(collection)
+    assert {p.name: p.read_bytes() for p in (tmp_path / FOLDER).iterdir()} == before
