@@ -105,6 +105,8 @@ def evaluate_card(
         pages: Markdown files whose blocks between ``<!-- figures: card -->`` and ``<!-- end -->``
             are replaced by the table and its setting.
     """
+    for page in pages:  # known before the work of minutes
+        _find_block(page)
     module = EmbedData(data_dir=data)
     module.setup()
     rows: dict[str, dict[str, float]] = {}
@@ -556,13 +558,22 @@ def write_block(page: Path, table: str, setting: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: the page has no such block.
     """
-    text = page.read_text("utf-8")
-    start, end = text.find(BLOCK), text.find(BLOCK_END)
-    if start < 0 or end < start:
-        raise ConfigError(f"{page}: no block between {BLOCK} and {BLOCK_END}.")
+    text, start, end = _find_block(page)
     lines = [f"- {k}: `{v}`" for k, v in setting.items()]
     block = f"{BLOCK}\n{table}\n\n" + "\n".join(lines) + "\n"
     page.write_text(text[:start] + block + text[end:], "utf-8")
+
+
+def _find_block(page: Path) -> tuple[str, int, int]:
+    """Text of a page, and where its block of figures starts and ends."""
+    try:
+        text = page.read_text("utf-8")
+    except OSError as error:
+        raise ConfigError(f"--write {page}: {error.strerror}. Name a Markdown page.") from error
+    start, end = text.find(BLOCK), text.find(BLOCK_END)
+    if start < 0 or end < start:
+        raise ConfigError(f"--write {page}: no block between {BLOCK} and {BLOCK_END}. Add both lines.")
+    return text, start, end
 
 
 def _markdown(rows: dict[str, dict[str, float]]) -> str:

@@ -177,9 +177,9 @@ def _policy(arguments: argparse.Namespace) -> Any | None:
 def _search(arguments: argparse.Namespace) -> int:
     queries = (arguments.text, arguments.image, arguments.like, arguments.node)
     if sum(q is not None for q in queries) != 1:
-        raise ConfigError("hysafe search: give one of TEXT, --image, --like and --node.")
+        raise ConfigError("search: give one of TEXT, --image, --like and --node.")
     if arguments.node is not None and arguments.approximate:
-        raise ConfigError("hysafe search: --node compares all items. Leave out --approximate.")
+        raise ConfigError("search: --node compares all items. Leave out --approximate.")
     policy = _policy(arguments)
     from hysafe.app.cli import _progress
     from hysafe.app.search import search, search_json, write_found
@@ -300,7 +300,7 @@ def _print_rescore(summary: Any, before: str, view: Any, seconds: float, diff: b
 
 def _redirect(arguments: argparse.Namespace) -> int:
     if (arguments.text is None) == (arguments.image is None):
-        raise ConfigError("hysafe redirect: give one of TEXT and --image.")
+        raise ConfigError("redirect: give one of TEXT and --image.")
     policy = _policy(arguments)
     from hysafe.app.redirect import redirect_queries
     from hysafe.app.search import encode_query, search_line, write_found

@@ -150,7 +150,9 @@ def encode_query(
             raise InputError("The query is empty. Write what to look for.")
         return model.encode_text([text])
     try:
-        return model.encode_image([decode(Path(image).read_bytes())])
+        data = Path(image).read_bytes()
+        # as a scan decodes it, or the same file would be another point
+        return model.encode_image([decode(data, size=model.encoder.image_size)])
     except OSError as error:
         raise InputError(f"--image {image}: {error.strerror}. Name a picture file.") from error
     except InputError as error:

@@ -12,6 +12,7 @@ from hysafe.app.card import (
     _Judged,
     _plots,
     _Texts,
+    evaluate_card,
     functional_figures,
     node_calibration,
     write_block,
@@ -134,3 +135,11 @@ def test_the_plots_of_the_card(
     radius = (tmp_path / "radius.svg").read_text()
     assert all(words in radius for words in ("risk nodes", "harmless nodes", "geodesic radius"))
     assert "control, ECE" in (tmp_path / "reliability.svg").read_text()
+
+
+def test_a_page_without_a_block_is_refused_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"gone\.md: No such file"):
+        evaluate_card("no model", pages=[tmp_path / "gone.md"])
+    (tmp_path / "plain.md").write_text("# A page\n")
+    with pytest.raises(ConfigError, match=r"plain\.md: no block"):
+        evaluate_card("no model", pages=[tmp_path / "plain.md"])

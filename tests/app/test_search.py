@@ -290,3 +290,16 @@ def test_search_does_not_depend_on_the_dtype_of_the_query(
     assert torch.equal(query.space, twice.space.float())
     single, double = (collection.search(q, model=tiny_model.hash)[0] for q in (query, twice))
     assert [h.row for h in single] == [h.row for h in double]
+
+
+def test_a_jpeg_finds_itself(tiny_model: SafetyModel, tmp_path: Path) -> None:
+    """A query is decoded as a scan decodes it: large JPEGs at a reduced scale."""
+    (tmp_path / "in").mkdir()
+    noise = torch.randint(0, 256, (900, 1200, 3), generator=torch.Generator().manual_seed(0))
+    picture = Image.fromarray(noise.to(torch.uint8).numpy()).resize((1200, 900))
+    picture.save(tmp_path / "in" / "large.jpg", quality=90)
+    scan([str(tmp_path / "in")], tmp_path / "out", tiny_model, options=ScanOptions(16, 0),
+         report=False)  # fmt: skip
+    collection = Collection.open(tmp_path / "out")
+    (found,) = search(collection, tiny_model, image=tmp_path / "in" / "large.jpg", k=1)
+    assert found.distance == pytest.approx(0, abs=2e-3)
