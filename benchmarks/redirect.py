@@ -99,7 +99,7 @@ def build(
             p = pictures[int(Path(name).stem)]
             label[name] = {"safe": p.safe, "name": p.extra["name"]}
         else:
-            found = by_text.get(name) or texts[int(name.rsplit("#", 1)[1])]
+            found = by_text[name.split("#")[-1] if name not in by_text else name]
             label[name] = {"safe": found.safe, "name": None}
     return collection, label
 

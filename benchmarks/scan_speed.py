@@ -59,7 +59,7 @@ def main() -> None:
                 model._encode_pixels(pixels)
 
         def whole() -> None:
-            scan([str(pictures)], Path(folder) / "out", model, options=options, report=False)
+            scan([str(pictures)], Path(folder) / "out", model, options=options, report=False, fresh=True)
 
         best = {"decode": 0.0, "encode": 0.0, "scan": 0.0}
         for _ in range(a.repeats):

@@ -28,9 +28,16 @@ from hysafe.errors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.progress import Progress
+
     from hysafe.app.scan import ScanSummary
 
 __all__ = ["main"]
+
+# Limits of a decode process: a day, and what it takes to start.
+LONGEST_DECODE, LEAST_MEMORY = 86_400, 64
 
 USAGE_ERRORS = (ConfigError, InputError, MissingExtraError, ModelError, TaxonomyError)
 
@@ -93,6 +100,12 @@ def _parser() -> argparse.ArgumentParser:
         "--image-column", metavar="NAME", help="of tables; found by name if not given"
     )
     scan.add_argument("--title", default="", help="of the report")
+    scan.add_argument("--watch", type=float, metavar="SECONDS",
+                      help="scan, and again when something has changed, until Ctrl-C")  # fmt: skip
+    scan.add_argument("--retry", action="store_true",
+                      help="decode and read again what failed in an earlier scan")  # fmt: skip
+    scan.add_argument("--fresh", action="store_true",
+                      help="encode everything again, also what is known from an earlier scan")  # fmt: skip
     scan.set_defaults(run=_scan)
 
     demo = commands.add_parser("demo", help="scan the bundled demo collection")
@@ -149,6 +162,10 @@ def _add_scan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=None, metavar="N",
                         help="decode processes (default: cores - 1, at least 1; 0: none)")  # fmt: skip
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="items a batch")
+    parser.add_argument("--decode-seconds", type=float, default=60.0, metavar="S",
+                        help="time limit of one picture in a decode process (default: 60)")  # fmt: skip
+    parser.add_argument("--decode-memory", type=int, default=2048, metavar="MB",
+                        help="memory limit of a decode process, on Linux (default: 2048)")  # fmt: skip
     parser.add_argument("--no-report", dest="report", action="store_false", help="skip report.html")
     parser.add_argument("--verbose", action="store_true", help="log what happens")
 
@@ -159,14 +176,30 @@ def _add_scan_options(parser: argparse.ArgumentParser) -> None:
 def _scan(arguments: argparse.Namespace) -> int:
     from hysafe.data.inputs import check_paths
 
-    check_paths(
-        arguments.paths, text_column=arguments.text_column, image_column=arguments.image_column
-    )
-    summary, seconds = _run_scan(
+    columns = {"text_column": arguments.text_column, "image_column": arguments.image_column}
+    check_paths(arguments.paths, **columns)
+    if arguments.watch is not None:
+        from hysafe.app.watch import check_watch
+
+        check_watch(arguments.paths, arguments.watch)
+    run = _scanner(
         arguments, arguments.paths, arguments.title,
-        text_column=arguments.text_column, image_column=arguments.image_column,
+        fresh=arguments.fresh, retry=arguments.retry, **columns,
     )  # fmt: skip
-    _print_summary(summary, seconds, arguments.report)
+    if arguments.watch is None:
+        _print_summary(*run(), arguments.report)
+        return 0
+    return _watch(arguments, run)
+
+
+def _watch(arguments: argparse.Namespace, run: Callable[[], tuple[ScanSummary, float]]) -> int:
+    from hysafe.app.watch import watch
+
+    rounds = watch(arguments.paths, arguments.out, lambda: run()[0], seconds=arguments.watch)
+    for summary in rounds:
+        counts = ", ".join(f"{summary.ratings[r]} {r}" for r in ("unsafe", "review", "safe"))
+        new = summary.items - summary.known
+        print(f"{time.strftime('%H:%M:%S')} {summary.items} items, {new} new: {counts}", flush=True)
     return 0
 
 
@@ -175,7 +208,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     with resources.as_file(resources.files("hysafe.assets") / "demo") as folder:
         paths = [str(folder / "images"), str(folder / "texts.jsonl")]
-        summary, seconds = _run_scan(arguments, paths, "hysafe demo")
+        summary, seconds = _scanner(arguments, paths, "hysafe demo")()
     _print_summary(summary, seconds, arguments.report)
     if arguments.open and arguments.report:
         import webbrowser
@@ -184,11 +217,16 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _run_scan(
-    arguments: argparse.Namespace, paths: Sequence[str], title: str, **columns: Any
-) -> tuple[ScanSummary, float]:
+def _scanner(
+    arguments: argparse.Namespace, paths: Sequence[str], title: str, **options: Any
+) -> Callable[[], tuple[ScanSummary, float]]:
+    """What scans with a command's options, as often as it is called; gives the seconds, too."""
     if arguments.batch < 1 or (arguments.workers is not None and arguments.workers < 0):
         raise ConfigError("--batch must be at least 1 and --workers at least 0.")
+    if not 0 < arguments.decode_seconds <= LONGEST_DECODE:
+        raise ConfigError(f"--decode-seconds must be more than 0 and at most {LONGEST_DECODE}.")
+    if arguments.decode_memory < LEAST_MEMORY:
+        raise ConfigError(f"--decode-memory must be at least {LEAST_MEMORY} (MB).")
     from hysafe.taxonomy import Policy, load_taxonomy
 
     # settings are checked before the model is loaded
@@ -197,6 +235,43 @@ def _run_scan(
     if policy is not None:
         policy.apply(taxonomy)
     ocr = ocr_reader(arguments.ocr)
+    with _progress() as bar:
+        bar.add_task("loading the model", total=None)
+        from hysafe.app.pipeline import ScanOptions, load
+        from hysafe.app.scan import scan
+
+        model = load(arguments.model, taxonomy=arguments.taxonomy)
+    if not model.calibration.fitted:
+        print(
+            f"hysafe: {arguments.model} is not calibrated: scores rank, they are no "
+            "probabilities, and novelty has no p-values.",
+            file=sys.stderr,
+        )
+    workers = arguments.workers
+    if workers is None:
+        workers = max(1, (os.cpu_count() or 2) - 1)
+    how = ScanOptions(
+        arguments.batch, workers, decode_seconds=arguments.decode_seconds,
+        decode_memory=arguments.decode_memory << 20,
+    )  # fmt: skip
+
+    def run() -> tuple[ScanSummary, float]:
+        start = time.perf_counter()
+        with _progress() as bar:
+            task = bar.add_task("judging", total=None)
+            summary = scan(
+                paths, arguments.out, model, policy=policy, ocr=ocr, options=how,
+                report=arguments.report, title=title,
+                progress=lambda n: bar.update(task, completed=n), **options,
+            )  # fmt: skip
+        options.update({k: False for k in ("fresh", "retry") if k in options})  # once is enough
+        return summary, time.perf_counter() - start
+
+    return run
+
+
+def _progress() -> Progress:
+    """A bar on a terminal, nothing in a pipe."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -208,32 +283,10 @@ def _run_scan(
     )
 
     console = Console(stderr=True)
-    with Progress(
+    return Progress(
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
         TimeElapsedColumn(), console=console, disable=not console.is_terminal, transient=True,
-    ) as bar:  # fmt: skip
-        task = bar.add_task("loading the model", total=None)
-        from hysafe.app.pipeline import ScanOptions, load
-        from hysafe.app.scan import scan
-
-        model = load(arguments.model, taxonomy=arguments.taxonomy)
-        if not model.calibration.fitted:
-            print(
-                f"hysafe: {arguments.model} is not calibrated: scores rank, they are no "
-                "probabilities, and novelty has no p-values.",
-                file=sys.stderr,
-            )
-        bar.update(task, description="judging")
-        workers = arguments.workers
-        if workers is None:
-            workers = max(1, (os.cpu_count() or 2) - 1)
-        start = time.perf_counter()
-        summary = scan(
-            paths, arguments.out, model, policy=policy, ocr=ocr,
-            options=ScanOptions(arguments.batch, workers), report=arguments.report,
-            title=title, progress=lambda n: bar.update(task, completed=n), **columns,
-        )  # fmt: skip
-    return summary, time.perf_counter() - start
+    )  # fmt: skip
 
 
 def ocr_reader(wanted: bool | None) -> Any | None:
@@ -284,6 +337,8 @@ def _print_summary(summary: ScanSummary, seconds: float, report: bool) -> None:
             name = taxonomy[node].name if node in taxonomy else ""
             top.add_row(node, name, str(count))
         console.print(top)
+    if summary.known:
+        console.print(f"{summary.known} of them were known from an earlier scan.")
     if summary.skipped:
         console.print(f"{summary.skipped} files were neither pictures nor texts and were left out.")
     shown = "results.jsonl, items.lance" + (", report.html" if report else "")

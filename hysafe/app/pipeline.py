@@ -9,14 +9,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hysafe.data.decoding import DecodePool
+from hysafe.app.known import Known, groups
+from hysafe.data.decoding import DECODE_MEMORY, DECODE_SECONDS, DecodePool
 from hysafe.data.images import content_hash, decode, to_pixels
 from hysafe.data.inputs import iter_items
 from hysafe.encoder.model import HyperbolicEncoder, bank_hash
@@ -48,14 +49,20 @@ TEXT_PICTURE_SHARE = 0.5
 
 @dataclass(frozen=True)
 class ScanOptions:
-    """How a scan runs; none of it changes a result.
+    """How a scan runs; none of it changes a result, but that of a picture beyond the limits.
 
     Args:
-        batch: items a batch. workers: decode processes; 0 decodes in this one.
+        batch: items a batch. workers: decode processes; 0 decodes in this one, without limits.
+        commit: items that go to the disk at once, rounded up to whole batches.
+        decode_seconds, decode_memory: limits of a decode process, see
+            :func:`hysafe.data.decoding.decode_items`.
     """
 
     batch: int = 64
     workers: int = 1
+    commit: int = 512
+    decode_seconds: float = DECODE_SECONDS
+    decode_memory: int = DECODE_MEMORY
 
 
 @dataclass(frozen=True)
@@ -204,10 +211,11 @@ class SafetyModel:
         if missing:
             features = self.encoder.node_features(missing)
             self._features.update(zip(missing, features.clone(), strict=True))
-            if own:
-                self._store(banks)
-            else:
+            if not own:
                 self._store_phrases(missing)
+        if own and not self._stored:  # also where a policy had them encoded before
+            self._stored = True
+            self._store(banks)
         stack = torch.stack([self._features[b] for b in banks])
         depth = torch.tensor([taxonomy.depth(n.id) for n in taxonomy])
         with torch.inference_mode():
@@ -297,22 +305,31 @@ class SafetyModel:
         policy: Policy | None = None,
         ocr: Any | None = None,
         options: ScanOptions | None = None,
+        known: Known | None = None,
     ) -> Iterator[Judgement]:
         """Judgements in the order of `items`, in flat memory.
 
         An item that cannot be read or decoded is a result with an error and the rating review.
+
+        Args:
+            known: items that it finds are not encoded again.
         """
         options = options or ScanOptions()
         view = self.view(policy)
         self.place(view)
         size = self.encoder.image_size
         with (
-            DecodePool(size, workers=options.workers) as pool,
+            DecodePool(
+                size,
+                workers=options.workers,
+                seconds=options.decode_seconds,
+                memory=options.decode_memory,
+            ) as pool,
             ThreadPoolExecutor(1) as reader,
         ):
-            decoded = iter(pool.decode(items))
+            decoded = _decoded(items, pool, known)
             batch = _Batch(list(islice(decoded, options.batch)), ocr, reader)
-            while batch.pairs:
+            while batch.seen:
                 # the next batch is decoded and read while this one is encoded
                 following = _Batch(list(islice(decoded, options.batch)), ocr, reader)
                 yield from self._judge_batch(batch, view)
@@ -322,24 +339,26 @@ class SafetyModel:
         judged = self.judge_encoded(
             self._encode(batch), view, reading=self.hash_with(batch.ocr), reads=batch.reads
         )
-        return [
-            replace(j, image=item.image) for j, (item, _) in zip(judged, batch.pairs, strict=True)
-        ]
+        return [replace(j, image=s.item.image) for j, s in zip(judged, batch.seen, strict=True)]
 
     def _encode(self, batch: _Batch) -> list[EncodedItem]:
         """What the towers see of a batch; no policy plays a part."""
-        items = [item for item, _ in batch.pairs]
+        items = [s.item for s in batch.seen]
         read = batch.read()
         points: list[dict[str, np.ndarray]] = [{} for _ in items]
         cut: list[set[str]] = [set() for _ in items]
-        rows = [i for i, (_, pixels) in enumerate(batch.pairs) if pixels is not None]
+        rows = [i for i, s in enumerate(batch.seen) if s.pixels is not None]
         if rows:
-            stack = torch.from_numpy(np.stack([p for _, p in batch.pairs if p is not None]))
+            stack = torch.from_numpy(
+                np.stack([s.pixels for s in batch.seen if s.pixels is not None])
+            )
             vectors = self._encode_pixels(stack).tangent().numpy()
             for k, i in enumerate(rows):
                 points[i]["image"] = vectors[k : k + 1]
         # the text of an item whose picture is broken still speaks
-        texts = {i: str(item.text) for i, item in enumerate(items) if item.text}
+        texts = {
+            i: str(s.item.text) for i, s in enumerate(batch.seen) if s.item.text and not s.known
+        }
         written = {i: t for i, (t, _) in enumerate(read) if t}
         for name, found in (("text", texts), ("ocr", written)):
             for i, (vectors, truncated) in self._encode_long(found).items():
@@ -347,7 +366,7 @@ class SafetyModel:
                 if truncated:
                     cut[i].add(name)
         return [
-            EncodedItem(
+            batch.seen[i].known or EncodedItem(
                 item.id, item.source, item.modality, item.content_hash, points[i],
                 frozenset(cut[i]), item.text or "", read[i][0], item.error or read[i][1],
             )
@@ -564,20 +583,39 @@ class SafetyModel:
         return digest.hexdigest()[:16]
 
 
+class _Seen(NamedTuple):
+    """An item with its pixels, or with what is known of it."""
+
+    item: Item
+    pixels: np.ndarray | None
+    known: EncodedItem | None
+
+
+def _decoded(items: Iterable[Item], pool: DecodePool, known: Known | None) -> Iterator[_Seen]:
+    """Items in their order; the pictures of known ones are not decoded."""
+    found: dict[str, EncodedItem] = {}
+
+    def looked_up() -> Iterator[Item]:
+        if known is None:
+            yield from items
+            return
+        for group in groups(items):
+            found.update(known.find(group))
+            yield from group
+
+    for item, pixels in pool.decode(looked_up(), skip=lambda item: item.id in found):
+        yield _Seen(item, pixels, found.pop(item.id, None))
+
+
 class _Batch:
     """Decoded items and the texts being read in their pictures."""
 
-    def __init__(
-        self,
-        pairs: list[tuple[Item, np.ndarray | None]],
-        ocr: Any | None,
-        reader: ThreadPoolExecutor,
-    ) -> None:
-        self.pairs = pairs
+    def __init__(self, seen: list[_Seen], ocr: Any | None, reader: ThreadPoolExecutor) -> None:
+        self.seen = seen
         self.ocr, self.reads = ocr, ocr is not None
         self._futures: dict[int, Future[tuple[str, ErrorRecord | None]]] = {}
         if ocr is not None:
-            for i, (item, pixels) in enumerate(pairs):
+            for i, (item, pixels, _) in enumerate(seen):
                 if pixels is not None and item.image is not None:
                     self._futures[i] = reader.submit(_read_text, ocr, item)
 
@@ -585,7 +623,7 @@ class _Batch:
         """Text read in each item's picture, and the error where reading failed."""
         return [
             self._futures[i].result() if i in self._futures else ("", None)
-            for i in range(len(self.pairs))
+            for i in range(len(self.seen))
         ]
 
 

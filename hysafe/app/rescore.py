@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hysafe.app.gallery import Card, card_of, write_gallery
+from hysafe.app.lock import lock
 from hysafe.app.pipeline import SafetyModel
 from hysafe.app.scan import (
     REPORT,
@@ -24,7 +25,7 @@ from hysafe.app.search import decision_words
 from hysafe.app.stored import judge_items, read_media
 from hysafe.errors import InputError
 from hysafe.index import Collection, CollectionWriter, Decision, EncodedItem, Row
-from hysafe.taxonomy import Policy, Taxonomy
+from hysafe.taxonomy import Policy, PolicyView, Taxonomy
 from hysafe.types import Result
 
 __all__ = ["Change", "Diff", "RescoreSummary", "diff_json", "rescore", "write_diff"]
@@ -131,7 +132,8 @@ def rescore(
         progress: called with the number of rows done.
 
     Raises:
-        CollectionError: another model. InputError: `out` cannot be written.
+        CollectionError: another model. InputError: `out` cannot be written, or another process
+            writes into it.
     """
     collection.check_model(model.hash)
     view = model.view(policy)
@@ -145,6 +147,19 @@ def rescore(
         ) from error
     if report is None:
         report = (collection.folder / REPORT).is_file()
+    with lock(target):
+        return _rescore(collection, model, view, target, report, progress)
+
+
+def _rescore(
+    collection: Collection,
+    model: SafetyModel,
+    view: PolicyView,
+    target: Path,
+    report: bool,
+    progress: Callable[[int], None] | None,
+) -> RescoreSummary:
+    """Judge and write, with the folder locked."""
     stored = collection.meta
     reading = stored.reading or model.hash
     meta = collection_meta(model, view, reading=reading, reads=stored.reads)

@@ -4,36 +4,40 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hysafe.app.pipeline import SafetyModel, ScanOptions
+from hysafe.app.known import Known, Stored
+from hysafe.app.lock import lock
+from hysafe.app.output import RESULTS, Feed, Output, State, result_line, writing
+from hysafe.app.pipeline import Judgement, SafetyModel, ScanOptions
 from hysafe.app.report import ReportData, write_report
 from hysafe.data.images import thumbnail
 from hysafe.data.inputs import InputReader
 from hysafe.errors import CollectionError, InputError
-from hysafe.index import CollectionMeta, CollectionWriter
-from hysafe.index.collection import Collection, matrix
+from hysafe.index import CollectionMeta
+from hysafe.index.collection import TABLE, Collection, matrix
 from hysafe.taxonomy import Policy, PolicyView
-from hysafe.types import Item, Result
+from hysafe.types import ErrorRecord, Hashes, Item, NodeScore, NoveltyScores, Result
 
 __all__ = [
-    *("RESULTS", "REPORT", "ScanSummary", "Shown", "add", "collection_meta", "report_scan"),
-    *("result_line", "scan"),
+    *("REPORT", "ScanSummary", "Shown", "add", "collection_meta", "report_scan", "scan"),
+    "RESULTS",
+    "result_line",
 ]
 
-RESULTS, REPORT = "results.jsonl", "report.html"
+REPORT = "report.html"
 # Items the report shows with their picture and text: those to be looked at, and some safe ones.
 SHOWN, SHOWN_SAFE = 3000, 600
 TEXT_SHOWN = 600
-# Rows that go to the table at once.
-TABLE_BATCH = 512
+# A slow scan writes at least this often, in seconds, so that little is done again after an end.
+COMMIT_SECONDS = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +48,13 @@ class ScanSummary:
 
     Attributes:
         items: number of rows. ratings, nodes, errors: counts. skipped: files that were neither
-        pictures nor texts. out: folder with the three outputs.
+        pictures nor texts. known: rows that stood there, or were encoded before.
+        out: folder with the three outputs.
     """
 
     out: Path
     items: int = 0
+    known: int = 0
     skipped: int = 0
     ratings: Counter[str] = field(default_factory=Counter)
     nodes: Counter[str] = field(default_factory=Counter)
@@ -76,20 +82,29 @@ def scan(
     title: str = "",
     text_column: str | None = None,
     image_column: str | None = None,
+    fresh: bool = False,
+    retry: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> ScanSummary:
     """Judge everything under `paths` and write the outputs into `out`.
 
+    Afterwards the outputs are those of a first scan of the paths, whatever stood in `out` before: a
+    scan that was killed goes on where it stood, and what a scan with the same model encoded before
+    is not encoded again.
+
     Args:
         paths: pictures, folders, Parquet, JSONL, text files, or ``-``.
-        out: made if missing; earlier outputs in it are replaced.
+        out: made if missing.
         model, policy, ocr, options: see :meth:`SafetyModel.judge`.
         report: write report.html.
         text_column, image_column: of tables.
+        fresh: encode everything again.
+        retry: decode and read again what failed before.
         progress: called with the number of rows done.
 
     Raises:
-        InputError: a path does not exist, or `out` cannot be written.
+        InputError: a path does not exist, `out` cannot be written, or another process writes there.
+        CollectionError: the disk is full; what was written is kept.
     """
     reader = InputReader(
         paths, text_column=text_column, image_column=image_column, exclude=[str(out)]
@@ -100,26 +115,86 @@ def scan(
         raise InputError(
             f"--out {out}: cannot be made ({error.strerror}). Name another folder."
         ) from error
+    options = options or ScanOptions()
     view = model.view(policy)
-    meta = collection_meta(model, view, reading=model.hash_with(ocr), reads=ocr is not None)
-    writer = CollectionWriter(out, meta)
     summary, shown = ScanSummary(out), Shown()
-    judged = model.judge(reader, policy=policy, ocr=ocr, options=options)
-    with (out / RESULTS).open("w", encoding="utf-8") as lines:
-        while batch := list(islice(judged, TABLE_BATCH)):
-            for j in batch:
-                lines.write(result_line(j.result))
-                summary.count(j.result)
-                if report:
-                    shown.add(j.result, j.text, j.image)
-                if progress:
-                    progress(summary.items)
-            lines.flush()
-            writer.append([j.row for j in batch])
-    summary.skipped = reader.skipped
-    if report:
-        report_scan(out, model, view, shown, title)
+
+    def count(result: Result, text: str, image: bytes | None) -> None:
+        summary.count(result)
+        if report:
+            shown.add(result, text, image)
+        if progress:
+            progress(summary.items)
+
+    with lock(out):
+        with writing(out):
+            meta = collection_meta(model, view, reading=model.hash_with(ocr), reads=ocr is not None)
+            output = Output.open(out, meta, fresh=fresh)
+        try:
+            items = Feed(reader)
+            for item, line in output.match(items, retry=retry):
+                result = _result(line)
+                count(result, item.text or _read_text(result), item.image)
+            summary.known = output.rows
+            with writing(out):
+                if output.left:
+                    output = output.restart()
+                output.cut()
+            known = Known(() if fresh else _tables(output, meta), retry=retry)
+            judged = model.judge(
+                items, policy=policy, ocr=ocr, options=options, known=known if len(known) else None
+            )
+            for batch in _commits(judged, options):
+                for j in batch:
+                    count(j.result, j.text, j.image)
+                with writing(out):
+                    output.append(batch)
+            summary.known += known.found
+            with writing(out):
+                output.finish()
+        finally:
+            output.close()
+        summary.skipped = reader.skipped
+        if report:
+            with writing(out):
+                report_scan(out, model, view, shown, title)
+        else:  # an old one would contradict the results
+            (out / REPORT).unlink(missing_ok=True)
     return summary
+
+
+def _commits(judged: Iterable[Judgement], options: ScanOptions) -> Iterator[list[Judgement]]:
+    """Judgements in the portions that are written at once: whole batches, so that a scan that goes
+    on after them makes the batches that it would have made."""
+    portion: list[Judgement] = []
+    last = time.monotonic()
+    for j in judged:
+        portion.append(j)
+        if len(portion) % options.batch == 0 and (
+            len(portion) >= options.commit or time.monotonic() - last >= COMMIT_SECONDS
+        ):
+            yield portion
+            portion, last = [], time.monotonic()
+    if portion:
+        yield portion
+
+
+def _tables(output: Output, meta: CollectionMeta) -> list[Stored]:
+    """What later items may be known from.
+
+    A scan that goes on knows what it knew when it began, not what it has added since, so that an
+    end in between changes nothing.
+    """
+    tables = []
+    for name in dict.fromkeys((TABLE, output.name)):
+        try:
+            stored = Collection.open(output.folder, name=name)
+        except CollectionError:
+            continue
+        if (stored.meta.model, stored.meta.reading) == (meta.model, meta.reading):
+            settled = State.load(output.folder).settled if output.name == TABLE else None
+            tables.append(Stored(stored, settled))
+    return tables
 
 
 def add(
@@ -150,6 +225,7 @@ def add(
     from hysafe.app.stored import view_of
 
     collection.check_model(model.hash)
+    options = options or ScanOptions()
     meta = collection.meta
     if model.hash_with(ocr) != (meta.reading or meta.model):
         how = "with" if meta.reads else "without"
@@ -179,20 +255,24 @@ def add(
                          exclude=[str(collection.folder)])  # fmt: skip
     judged = model.judge(new(reader), policy=policy, ocr=ocr, options=options)
     summary = ScanSummary(collection.folder)
-    with (collection.folder / RESULTS).open("a", encoding="utf-8") as lines:
-        while batch := list(islice(judged, TABLE_BATCH)):
-            collection.append([j.row for j in batch])
-            for j in batch:
-                lines.write(result_line(j.result))
-                summary.count(j.result)
-            lines.flush()
+    with lock(collection.folder):
+        with writing(collection.folder):
+            output = Output(collection)
+        try:
+            with writing(collection.folder):
+                output.match_all()
+                output.cut()
+            for batch in _commits(judged, options):
+                for j in batch:
+                    summary.count(j.result)
+                with writing(collection.folder):
+                    output.append(batch)
+            with writing(collection.folder):
+                output.finish()
+        finally:
+            output.close()
     summary.skipped = reader.skipped
     return summary
-
-
-def result_line(result: Result) -> str:
-    """Line of ``results.jsonl``."""
-    return json.dumps(result.to_dict(), ensure_ascii=False) + "\n"
 
 
 class Shown:
@@ -220,6 +300,29 @@ class Shown:
                 self.pictures[result.id] = thumbnail(image)
             except InputError as error:
                 log.debug("%s: no thumbnail: %s", result.id, error)
+
+
+def _result(line: dict[str, Any]) -> Result:
+    """The result that a line of ``results.jsonl`` was written from."""
+    error = line["error"]
+    return Result(
+        line["id"],
+        line["source"],
+        line["modality"],
+        line["rating"],
+        line["p_unsafe"],
+        tuple(NodeScore(**{**p, "path": tuple(p["path"])}) for p in line["paths"]),
+        NoveltyScores(**line["novelty"]),
+        line["radius"],
+        line["channels"],
+        None if error is None else ErrorRecord(**error),
+        Hashes(**line["hashes"]),
+    )
+
+
+def _read_text(result: Result) -> str:
+    """What was read in an item's picture."""
+    return str(result.channels.get("ocr", {}).get("text", ""))
 
 
 def collection_meta(

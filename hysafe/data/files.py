@@ -73,7 +73,10 @@ DRAIN_BYTES = 1 << 16
 LONGEST_NAME = 300  # characters of a path in a message
 
 # Causes worth naming in the report; every other one is an InputError.
-NAMED_CAUSES = (FileNotFoundError, PermissionError, UnicodeDecodeError, json.JSONDecodeError)
+NAMED_CAUSES = (
+    *(FileNotFoundError, PermissionError, UnicodeDecodeError, json.JSONDecodeError),
+    MemoryError,
+)
 
 
 def open_file(path: str) -> BinaryIO:

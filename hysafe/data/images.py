@@ -26,6 +26,7 @@ __all__ = [
     "PREPROCESSING_VERSION",
     "content_hash",
     "decode",
+    "out_of_memory",
     "thumbnail",
     "to_pixels",
     "to_rgb",
@@ -99,9 +100,11 @@ def decode(data: bytes, *, size: int | None = None, max_pixels: int = MAX_PIXELS
         raise InputError(
             f"The header declares too many pixels ({error}) Scale the picture down."
         ) from error
+    except MemoryError as error:
+        raise out_of_memory() from error
     except Exception as error:
         # Pillow's plugins raise almost anything on hostile bytes: OSError, SyntaxError,
-        # struct.error, KeyError, SystemError, MemoryError. All mean the same to the caller.
+        # struct.error, KeyError, SystemError. All mean the same to the caller.
         raise InputError(
             f"The picture is truncated or damaged ({type(error).__name__}: {error}). "
             "Export or fetch it again."
@@ -179,6 +182,13 @@ def thumbnail(data: bytes, side: int = 160) -> bytes:
     # A fresh image: what Pillow keeps in `info` (EXIF, comments, colour profile) stays behind.
     Image.fromarray(np.asarray(image)).save(out, "JPEG", quality=THUMBNAIL_QUALITY)
     return out.getvalue()
+
+
+def out_of_memory() -> InputError:
+    """What a picture becomes for which there is not enough memory."""
+    problem = InputError("There was not enough memory to decode the picture. Scale it down.")
+    problem.__cause__ = MemoryError()
+    return problem
 
 
 def _check_pixels(size: tuple[int, int], max_pixels: int) -> None:

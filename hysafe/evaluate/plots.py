@@ -149,7 +149,7 @@ def _figure(
     written: list[Path] = []
     across = max(1, min(panels, ACROSS))
     down = -(-panels // across)
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(dict[Any, Any](STYLE)):
         figure = Figure(figsize=(PANEL * across * width, PANEL * down), layout="constrained")
         FigureCanvasAgg(figure)
         grid = figure.subplots(down, across, squeeze=False).ravel().tolist()

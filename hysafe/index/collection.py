@@ -8,10 +8,12 @@ table's metadata. With them an item can be judged again without its picture or t
 from __future__ import annotations
 
 import json
+import logging
+import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("Collection", "CollectionMeta", "CollectionWriter", "Decision", "EncodedItem", "Row"),
-    "matrix",
+    *("TABLE", "drop_table", "matrix", "mend_table", "sync_table"),
 ]
 
 TABLE, DECISIONS = "items", "decisions"
@@ -38,6 +40,12 @@ FORMAT = 2
 TEXT_KEPT = 2000
 # Rows read at once.
 READ_ROWS = 8192
+# A table of more pieces than this, from as many small additions, is put together again.
+MAX_FRAGMENTS = 256
+# Versions that a power failure may tear: those of the last moments.
+MOST_TORN = 3
+# An older version of a table is kept this long for those who still read it.
+OLD_VERSIONS_KEPT = timedelta(hours=1)
 VECTORS = ("vector", "text_vector", "points")
 # Columns from which an item can be judged again.
 ENCODED = (
@@ -79,6 +87,11 @@ class CollectionMeta:
         """Schema of the table, with these data as its metadata."""
         payload = json.dumps(asdict(self), ensure_ascii=False).encode()
         return _schema(self).with_metadata({METADATA_KEY: payload})
+
+    def same(self, other: CollectionMeta) -> bool:
+        """Whether rows of both may stand in one table."""
+        one, two = (json.dumps(asdict(replace(m, stamp="")), sort_keys=True) for m in (self, other))
+        return one == two
 
 
 @dataclass(frozen=True)
@@ -146,6 +159,9 @@ class Decision:
         return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
 
 
+logger = logging.getLogger(__name__)
+
+
 class Judge(Protocol):
     """What a collection asks of a model; :class:`hysafe.app.pipeline.SafetyModel` is one."""
 
@@ -158,14 +174,17 @@ class CollectionWriter:
     """Appends batches of results to a new table; the table is whole after every batch.
 
     A table that is there stays as an older version.
+
+    Args:
+        name: of the table in the folder.
     """
 
-    def __init__(self, folder: Path, meta: CollectionMeta) -> None:
+    def __init__(self, folder: Path, meta: CollectionMeta, *, name: str = TABLE) -> None:
         import lancedb
 
         self.meta = meta
         self._table = lancedb.connect(str(folder)).create_table(
-            TABLE, schema=meta.schema(), mode="overwrite"
+            name, schema=meta.schema(), mode="overwrite"
         )
 
     @classmethod
@@ -175,18 +194,18 @@ class CollectionWriter:
         Returns:
             Number of the version.
         """
-        import lancedb
-
-        schema = meta.schema()
         encoded = (b for rows in batches for b in encode_rows(rows, meta).to_batches())
-        table = lancedb.connect(str(folder)).create_table(
-            TABLE,
-            data=pa.RecordBatchReader.from_batches(schema, encoded),
-            schema=schema,
-            mode="overwrite",
-            on_bad_vectors="null",  # an item without a point is no bad vector
+        return _write(folder, meta.schema(), encoded)
+
+    @classmethod
+    def copy(cls, folder: Path, source: Collection, *, start: int = 0) -> int:
+        """As :meth:`write`, with the rows of another table from place `start` on."""
+        schema = replace(source.meta, stamp=uuid.uuid4().hex).schema()
+        rows = (
+            pa.RecordBatch.from_arrays(batch.columns, schema=schema)
+            for batch in source.batches(start=start)
         )
-        return int(table.version)
+        return _write(folder, schema, rows)
 
     def append(self, rows: Sequence[Row]) -> None:
         """Add rows.
@@ -195,6 +214,83 @@ class CollectionWriter:
             ShapeError: an array has the wrong width.
         """
         self._table.add(encode_rows(rows, self.meta))
+
+
+def _write(folder: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> int:
+    import lancedb
+
+    table = lancedb.connect(str(folder)).create_table(
+        TABLE,
+        data=pa.RecordBatchReader.from_batches(schema, batches),
+        schema=schema,
+        mode="overwrite",
+        on_bad_vectors="null",  # an item without a point is no bad vector
+    )
+    return int(table.version)
+
+
+def drop_table(folder: Path, name: str) -> None:
+    """Remove a table with all its versions; one that is not there is no error."""
+    import lancedb
+
+    if (folder / f"{name}.lance").is_dir():
+        lancedb.connect(str(folder)).drop_table(name)
+
+
+def sync_table(folder: Path, name: str = TABLE) -> None:
+    """See that the latest version of a table is on the disk, not only on its way there.
+
+    The engine leaves that to the system, which forgets it when the power fails.
+    """
+    table = folder / f"{name}.lance"
+    for part, newest in (("data", 1), ("_transactions", 1), ("_versions", 1)):
+        try:
+            with os.scandir(table / part) as listing:
+                files = sorted(listing, key=lambda f: f.stat().st_mtime_ns)
+            for path in (*(f.path for f in files[-newest:]), str(table / part)):
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+        except OSError as error:  # a system that cannot do it for a folder, as Windows
+            logger.debug("%s: not synced: %s", table / part, error)
+
+
+def mend_table(folder: Path, name: str = TABLE) -> None:
+    """Go back to the newest version of a table that can be opened, and its last row read.
+
+    A version is torn where the power failed in the moment of its writing.
+
+    Raises:
+        CollectionError: none of the last versions can be opened; nothing is changed then.
+    """
+    import lancedb
+
+    versions = folder / f"{name}.lance" / "_versions"
+    torn: list[Path] = []
+    while True:
+        try:
+            table = lancedb.connect(str(folder)).open_table(name)
+            if rows := table.count_rows():  # the piece that was written last is whole
+                table.take_offsets([rows - 1]).select(["id"]).to_arrow()
+        except (OSError, ValueError, RuntimeError) as error:
+            found = sorted(versions.glob("*.manifest"), key=lambda f: f.stat().st_mtime_ns)
+            if not found and not torn:  # it was never written
+                return
+            if len(found) < 2 or len(torn) == MOST_TORN:  # this is something else
+                for path in torn:
+                    path.rename(path.with_suffix(".manifest"))
+                detail = " ".join(str(error).split())[:300]
+                raise CollectionError(
+                    f"{folder}: the table {name} is damaged ({detail}). Move it away, or name "
+                    "another folder."
+                ) from error
+            torn.append(found[-1].rename(found[-1].with_suffix(".torn")))
+        else:
+            if torn:
+                logger.warning("%s: %d torn versions of %s are left out", folder, len(torn), name)
+            return
 
 
 def encode_rows(rows: Sequence[Row], meta: CollectionMeta) -> pa.Table:
@@ -246,8 +342,11 @@ class Collection:
         self._index: PointIndex | None = None
 
     @classmethod
-    def open(cls, folder: str | Path) -> Collection:
+    def open(cls, folder: str | Path, *, name: str = TABLE) -> Collection:
         """Open the collection in a scan's output folder.
+
+        Args:
+            name: of the table in the folder.
 
         Raises:
             CollectionError: there is none, or it was not written by hysafe.
@@ -255,12 +354,12 @@ class Collection:
         import lancedb
 
         folder = Path(folder)
-        if not (folder / f"{TABLE}.lance").is_dir():
+        if not (folder / f"{name}.lance").is_dir():
             raise CollectionError(
                 f"{folder}: no collection there. Make one: hysafe scan PATH --out DIR"
             )
         try:
-            table = lancedb.connect(str(folder)).open_table(TABLE)
+            table = lancedb.connect(str(folder)).open_table(name)
             payload = (table.schema.metadata or {}).get(METADATA_KEY)
         except (OSError, ValueError, RuntimeError) as error:
             detail = " ".join(str(error).split())
@@ -301,13 +400,30 @@ class Collection:
         return query.limit(None).to_arrow()
 
     def batches(
-        self, columns: Iterable[str] | None = None, *, size: int = READ_ROWS
+        self,
+        columns: Iterable[str] | None = None,
+        *,
+        size: int = READ_ROWS,
+        start: int = 0,
+        stop: int | None = None,
     ) -> Iterator[pa.RecordBatch]:
-        """All rows in batches of at most `size`, in the order they were scanned."""
+        """Rows in batches of at most `size`, in the order they were scanned.
+
+        Args:
+            start, stop: places of the first row and of the one after the last; all rows by default.
+        """
         query = self._table.search()
         if columns is not None:
             query = query.select(list(columns))
-        yield from query.limit(None).to_batches(size)
+        place = 0
+        for batch in query.limit(None).to_batches(size):
+            first = max(0, start - place)
+            last = batch.num_rows if stop is None else min(batch.num_rows, stop - place)
+            place += batch.num_rows
+            if first < last:
+                yield batch.slice(first, last - first)
+            if stop is not None and place >= stop:
+                return
 
     def items(self, *, size: int = READ_ROWS) -> Iterator[list[EncodedItem]]:
         """All items as the encoder saw them, in batches."""
@@ -367,6 +483,22 @@ class Collection:
     def append(self, rows: Sequence[Row]) -> None:
         """Add rows, judged by the collection's model under its policy."""
         self._table.add(encode_rows(rows, self.meta))
+
+    def append_batches(self, batches: Iterable[pa.RecordBatch]) -> None:
+        """Add rows as :meth:`batches` gives them, of a table of the same kind."""
+        schema = self.meta.schema()
+        for batch in batches:
+            self._table.add(pa.Table.from_arrays(batch.columns, schema=schema))
+
+    def tidy(self, *, replaced: bool = False) -> None:
+        """Put many small pieces together and forget old versions; rows and order stay.
+
+        Args:
+            replaced: the table has just been written as a whole.
+        """
+        pieces = self._table.stats()["fragment_stats"]["num_fragments"]
+        if replaced or pieces > MAX_FRAGMENTS:
+            self._table.optimize(cleanup_older_than=OLD_VERSIONS_KEPT)
 
     def rescore(self, model: Judge, policy: Any = None, **options: Any) -> Any:
         """Judge all items again under a policy; see :func:`hysafe.app.rescore.rescore`.

@@ -15,6 +15,7 @@ from PIL import Image
 
 from hysafe.app import pipeline
 from hysafe.app.cli import main
+from hysafe.app.lock import BusyError, lock
 from hysafe.app.pipeline import SafetyModel, ScanOptions
 from hysafe.app.rescore import diff_json, rescore, write_diff
 from hysafe.app.scan import scan
@@ -340,3 +341,13 @@ def _scan_texts(folder: Path, model: SafetyModel, policy: Policy) -> Path:
     scan([str(folder / "a.txt")], folder / "long", model, policy=policy, report=False,
          options=ScanOptions(8, 0))  # fmt: skip
     return folder / "long"
+
+
+def test_a_folder_that_is_written_is_not_rescored(tiny_model: SafetyModel, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    out = tmp_path / "out"
+    scan([str(tmp_path / "a.txt")], out, tiny_model, options=ScanOptions(16, 0), report=False)
+    before = (out / "results.jsonl").read_bytes()
+    with lock(out), pytest.raises(BusyError, match="is writing into this folder"):
+        rescore(Collection.open(out), tiny_model)
+    assert (out / "results.jsonl").read_bytes() == before

@@ -63,6 +63,17 @@ class Crash(bytes):
         return os._exit, (3,)
 
 
+HANG_SECONDS = 300
+
+
+class Hang(bytes):
+    """Bytes that do not let the process that looks at them go on."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        hang = f"lambda self: __import__('time').sleep({HANG_SECONDS})"
+        return eval, (f"type('Hang', (bytes,), {{'__len__': {hang}}})(b'x')",)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("chunk", [1, 7])
 def test_every_item_comes_back_in_order(workers: int, chunk: int) -> None:
@@ -106,6 +117,42 @@ def test_a_crash_costs_the_guilty_items_only(caplog: pytest.LogCaptureFixture) -
             assert item.error is not None
             assert item.error.type == "DecoderCrash"
     assert "ended unexpectedly" in caplog.text
+
+
+def big_png(side: int) -> bytes:
+    out = io.BytesIO()
+    Image.new("L", (side, side)).save(out, "PNG", compress_level=1)
+    return out.getvalue()
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="POSIX signals")
+def test_a_picture_that_takes_too_long_costs_itself_only() -> None:
+    items = [image_item(n, Hang(jpeg(n)) if n == 3 else jpeg(n)) for n in range(12)]
+    start = time.monotonic()
+    decoded = list(decode_items(items, 8, workers=1, chunk=4, seconds=1.0))
+    assert time.monotonic() - start < HANG_SECONDS
+    assert [item.id for item, _ in decoded] == [item.id for item in items]
+    failed = {int(i.id): i.error.type for i, _ in decoded if i.error is not None}
+    assert failed == {3: "DecoderTimeout"}
+    assert [int(i.id) for i, pixels in decoded if pixels is None] == [3]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit of Linux")
+def test_a_picture_that_swells_costs_itself_only() -> None:
+    swelling = big_png(11_000)  # 121 MB
+    items = [image_item(n, swelling if n == 3 else jpeg(n)) for n in range(12)]
+    decoded = list(decode_items(items, 8, workers=1, chunk=4, memory=64 << 20))
+    failed = {int(i.id): i.error.type for i, _ in decoded if i.error is not None}
+    assert failed == {3: "MemoryError"}
+    assert [int(i.id) for i, pixels in decoded if pixels is None] == [3]
+
+
+def test_skipped_pictures_come_back_undecoded() -> None:
+    items = [image_item(n, jpeg(n)) for n in range(10)]
+    with DecodePool(8, workers=1, chunk=4) as pool:
+        decoded = list(pool.decode(items, skip=lambda item: int(item.id) % 3 == 0))
+    assert [item for item, _ in decoded] == items
+    assert [int(i.id) for i, pixels in decoded if pixels is None] == [0, 3, 6, 9]
 
 
 def test_killed_workers_cost_nothing() -> None:
@@ -188,10 +235,12 @@ def test_a_pool_serves_several_calls_with_the_same_processes() -> None:
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("wrong", [{"size": 0}, {"workers": -1}, {"chunk": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"size": 0}, {"workers": -1}, {"chunk": 0}, {"seconds": 0}, {"memory": 0}]
+)
 def test_senseless_settings_are_refused(wrong: dict[str, int]) -> None:
     settings = {"size": 8, "workers": 0, "chunk": 4} | wrong
-    with pytest.raises(ConfigError, match="wanted at least"):
+    with pytest.raises(ConfigError, match="wanted"):
         list(decode_items([], settings.pop("size"), **settings))
 
 
@@ -203,7 +252,7 @@ def loaded(*_):
     return [m for m in heavy if m in sys.modules]
 if __name__ == "__main__":
     pool = decoding.DecodePool(8, workers=1)
-    print(pool._new_executor(1).submit(loaded).result())
+    print(pool._new_executor().submit(loaded).result())
 """
 
 UNGUARDED = """
