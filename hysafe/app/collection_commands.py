@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -246,6 +247,8 @@ def _rescore(arguments: argparse.Namespace) -> int:
     from hysafe.app.stored import model_of
     from hysafe.index import Collection
 
+    if arguments.html is not None and arguments.html.is_dir():
+        raise ConfigError(f"--html {arguments.html} is a folder. Name a file.")
     collection = Collection.open(arguments.collection)
     model = model_of(collection, name=arguments.model, taxonomy=arguments.taxonomy)
     start = time.perf_counter()
@@ -330,7 +333,8 @@ def _redirect(arguments: argparse.Namespace) -> int:
     if far == near:
         print(f"not moved: risk {risk:.4f}, radius {far:.3f}")
     else:
-        print(f"moved: radius {far:.3f} -> {near:.3f}, risk {risk:.4f} -> {left:.4f}")
+        shown = math.floor(left * 1e4) / 1e4  # rounded up, it would look like the threshold
+        print(f"moved: radius {far:.3f} -> {near:.3f}, risk {risk:.4f} -> {shown:.4f}")
     if not answer.reached:
         print("nowhere on the way is safe: answered where the risk is least, with safe items only")
     _print_found(answer.found, len(collection))
@@ -539,6 +543,9 @@ def _print_found(found: list[Any], size: int) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    if not found:
+        print(f"nothing found among {size} items")
+        return
     by_node = any(f.score is not None for f in found)
     table = Table(title=f"{len(found)} of {size} items")
     for name in ("", "score" if by_node else "distance", "rating", "item", "node"):

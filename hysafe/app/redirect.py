@@ -64,8 +64,8 @@ def redirect_queries(
         raise ConfigError(f"redirect: k is {k}. Ask for at least 1 item.")
     if channel not in ("text", "image"):
         raise ConfigError(f"redirect: channel is {channel!r}. Give text or image.")
-    if threshold is not None and not 0 < threshold <= 1:
-        raise ConfigError(f"redirect: threshold is {threshold}. Give a number in (0, 1].")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ConfigError(f"redirect: threshold is {threshold}. Give a number in [0, 1].")
     collection.check_model(model.hash)
     view = view_of(collection, model, policy)
     limit = model.triage.unsafe_from if threshold is None else threshold

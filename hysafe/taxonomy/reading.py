@@ -31,7 +31,8 @@ def read_text(path: str | pathlib.Path) -> str:
         raise TaxonomyError(f"{path}: not UTF-8 text ({error}). Save it as UTF-8.") from error
     except (OSError, ValueError) as error:
         raise TaxonomyError(
-            f"{path}: cannot be read ({error}). Check the path and its permissions."
+            f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}). Check the path "
+            "and its permissions."
         ) from error
 
 

@@ -104,7 +104,7 @@ def test_wrong_arguments(collection: Collection, model: SafetyModel) -> None:
         redirect_queries(collection, model, query, k=0)
     with pytest.raises(ConfigError, match="channel is 'sound'"):
         redirect_queries(collection, model, query, channel="sound")
-    for threshold in (0.0, 2.0, float("nan")):
+    for threshold in (-0.1, 2.0, float("nan")):
         with pytest.raises(ConfigError, match="threshold"):
             redirect_queries(collection, model, model.encode_text(["a"]), threshold=threshold)
 

@@ -351,3 +351,12 @@ def test_a_folder_that_is_written_is_not_rescored(tiny_model: SafetyModel, tmp_p
     with lock(out), pytest.raises(BusyError, match="is writing into this folder"):
         rescore(Collection.open(out), tiny_model)
     assert (out / "results.jsonl").read_bytes() == before
+
+
+def test_a_page_that_is_a_folder_is_refused_before_the_work(
+    small_scan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["rescore", str(small_scan), "--out", str(tmp_path / "a"), "--html", str(tmp_path)]
+    assert main(command) == 2
+    assert "is a folder. Name a file." in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
