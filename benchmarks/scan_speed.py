@@ -16,15 +16,9 @@ from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-import torch
 from PIL import Image
 
-from hysafe.app.pipeline import ScanOptions, load
-from hysafe.app.scan import scan
-from hysafe.data.decoding import DecodePool
-from hysafe.data.inputs import iter_items
-from hysafe.data.sources import data_root, image_bytes, load_rows
+# Decode processes import this file anew, so it stays as light as the command: no torch up here.
 
 
 def main() -> None:
@@ -37,6 +31,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=2)
     a = parser.parse_args()
+    import numpy as np
+    import torch
+
+    from hysafe.app.pipeline import ScanOptions, load
+    from hysafe.app.scan import scan
+    from hysafe.data.decoding import DecodePool
+    from hysafe.data.inputs import iter_items
+    from hysafe.data.sources import data_root
+
     model = load(a.model)
     model.place(model.view())
     with tempfile.TemporaryDirectory() as folder:
@@ -78,6 +81,8 @@ def timed(run: Callable[[], None]) -> float:
 
 
 def write_pictures(folder: Path, data: Path, count: int, side: int) -> None:
+    from hysafe.data.sources import image_bytes, load_rows
+
     folder.mkdir()
     rows = load_rows(str(data / "images" / "tiny_imagenet" / "val.parquet"))
     for i, row in enumerate(islice(rows, count)):

@@ -78,6 +78,7 @@ class HyperbolicEncoder(
             self.config["known_nodes"] = list(known_nodes)
         self._known_rows = {key: row for row, key in enumerate(known_nodes)}
         self._known_hash = ""
+        self._known_scale: float | None = None
         self.towers = Towers(architecture, load_pretrained=load_pretrained)
         width = self.towers.embed_dim
         dim = width if not linear_heads else dim
@@ -169,6 +170,8 @@ class HyperbolicEncoder(
     @property
     def cone_scale_value(self) -> float:
         """Inverse temperature of cone margins as a number."""
+        if self._known_scale is not None:
+            return self._known_scale
         return float(self.cone_scale().detach())
 
     @property
@@ -180,6 +183,7 @@ class HyperbolicEncoder(
     def prepare_inference(self) -> None:
         """Evaluation mode with the adapter folded in: faster, same outputs, same hash."""
         self._known_hash = self.hash()
+        self._known_scale = self.cone_scale_value
         self.eval()
         if self.config["architecture"].get("lora_rank"):
             self.towers.merge_lora()
