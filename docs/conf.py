@@ -45,6 +45,8 @@ python_use_unqualified_type_names = True
 maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+# attributes of one name in several classes: napoleon links each mention, Sphinx cannot choose
+suppress_warnings = ["ref.python"]
 
 
 def setup(app: Any) -> dict[str, bool]:
