@@ -66,7 +66,9 @@ def main() -> None:
             # pictures only on both sides: the question is which picture comes back
             where = "modality = 'image'"
             plain = collection.search(queries, model=model.hash, k=10, where=where)
-            moved = redirect_queries(collection, model, queries, channel=channel, k=200)
+            moved = redirect_queries(
+                collection, model, queries, channel=channel, where=where, k=10
+            )
             before = [
                 t in [label[_id(collection, h.row)]["name"] for h in hits]
                 for t, hits in zip(truth, plain, strict=True)
@@ -74,7 +76,7 @@ def main() -> None:
             after = []
             for t, r in zip(truth, moved, strict=True):
                 names = [label[f.item.id]["name"] for f in r.found]
-                after.append(t in [n for n in names if n][:10])
+                after.append(t in names)
             _line(name, before, after)
 
 
@@ -86,20 +88,19 @@ def build(
     (folder / "in").mkdir()
     with (folder / "in" / "t.jsonl").open("w") as file:
         for s in texts:
-            file.write(json.dumps({"id": s.id, "text": s.text}) + "\n")
+            file.write(json.dumps({"text": s.text}) + "\n")
     for i, p in enumerate(pictures):
         assert p.image is not None
         (folder / "in" / f"{i:05d}.jpg").write_bytes(p.image)
     scan([str(folder / "in")], folder / "out", model, options=ScanOptions(64, 0), report=False)
     collection = Collection.open(folder / "out")
     ids = collection.to_arrow(["id"])["id"].to_pylist()
-    by_text = {s.id: s for s in texts}
     for name in ids:
         if name.endswith(".jpg"):
             p = pictures[int(Path(name).stem)]
             label[name] = {"safe": p.safe, "name": p.extra["name"]}
         else:
-            found = by_text[name.split("#")[-1] if name not in by_text else name]
+            found = texts[int(name.rsplit("#", 1)[1]) - 1]  # lines are counted from 1
             label[name] = {"safe": found.safe, "name": None}
     return collection, label
 

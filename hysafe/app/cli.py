@@ -410,6 +410,7 @@ def _quiet_libraries(verbose: bool) -> None:
             os.environ.setdefault(name, "error")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         logging.getLogger("root").setLevel(logging.ERROR)
+        logging.getLogger("hysafe").setLevel(logging.WARNING)  # our own words are for the user
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ def add_commands(commands: Any) -> None:
     _add_collection(redirect)
     redirect.add_argument("text", nargs="?", metavar="TEXT", help="the query")
     redirect.add_argument("--image", metavar="FILE", help="a picture as the query")
+    redirect.add_argument("--where", metavar="SQL", help="filter, e.g. \"modality = 'image'\"")
     redirect.add_argument("--review", action="store_true",
                           help="also return items rated review (never unsafe ones)")  # fmt: skip
     redirect.add_argument("--threshold", type=float, metavar="P",
@@ -315,7 +316,8 @@ def _redirect(arguments: argparse.Namespace) -> int:
     (answer,) = redirect_queries(
         collection, model, encode_query(model, text=arguments.text, image=arguments.image),
         channel="text" if arguments.image is None else "image", policy=policy,
-        threshold=arguments.threshold, review=arguments.review, k=arguments.k,
+        threshold=arguments.threshold, review=arguments.review, where=arguments.where,
+        k=arguments.k,
     )  # fmt: skip
     query = str(arguments.text if arguments.image is None else arguments.image)
     if arguments.html is not None:

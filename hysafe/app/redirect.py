@@ -43,6 +43,7 @@ def redirect_queries(
     policy: Policy | None = None,
     threshold: float | None = None,
     review: bool = False,
+    where: str | None = None,
     k: int = 10,
 ) -> list[Redirection]:
     """Safe answers to a batch of queries.
@@ -56,6 +57,7 @@ def redirect_queries(
         policy: what counts as risk; by default the collection's own.
         threshold: risks below it are safe; by default the triage's, from which items are unsafe.
         review: also return items rated review (never those rated unsafe).
+        where: SQL filter over the columns of the table.
 
     Raises:
         CollectionError: another model. ConfigError: a wrong argument.
@@ -74,6 +76,8 @@ def redirect_queries(
     done = redirect(queries, lambda p: model.risk(p, view, channel), limit)
     allowed = ("safe", "review") if review else ("safe",)
     rows = _rated(collection, model, view, allowed)
+    if where is not None:
+        rows = np.intersect1d(rows, collection.places(where))
     answers = []
     for q, hits in enumerate(collection.index.search(done.points, k, rows=rows)):
         items = collection.take([h.row for h in hits])

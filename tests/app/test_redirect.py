@@ -98,6 +98,13 @@ def test_another_policy_decides_what_is_safe(collection: Collection, model: Safe
     assert answer.reached
 
 
+def test_a_filter_holds(collection: Collection, model: SafetyModel) -> None:
+    where = "text LIKE '%number 1%'"
+    (answer,) = redirect_queries(collection, model, model.encode_text(["x"]), where=where, k=40)
+    assert 0 < len(answer.found) <= 11
+    assert all("number 1" in str(f.item.text) for f in answer.found)
+
+
 def test_wrong_arguments(collection: Collection, model: SafetyModel) -> None:
     query = model.encode_text(["x"])
     with pytest.raises(ConfigError, match="k is 0"):
