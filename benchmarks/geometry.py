@@ -317,9 +317,9 @@ def _towers(image_from: str, text_from: str) -> HyperbolicEncoder:
     )
     architecture = {**image, **{k: text.get(k, 0) for k in ("lora_rank", "text_layers")}}
     encoder = HyperbolicEncoder(architecture, dim=8)
-    encoder.towers.take(image_from, "visual")
+    encoder.towers.take([image_from], "visual")
     if any(architecture[k] for k in ("lora_rank", "text_layers")):
-        encoder.towers.take(text_from, "text")
+        encoder.towers.take([text_from], "text")
     return encoder.eval()
 
 

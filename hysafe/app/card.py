@@ -572,7 +572,9 @@ def _find_block(page: Path) -> tuple[str, int, int]:
         raise ConfigError(f"--write {page}: {error.strerror}. Name a Markdown page.") from error
     start, end = text.find(BLOCK), text.find(BLOCK_END)
     if start < 0 or end < start:
-        raise ConfigError(f"--write {page}: no block between {BLOCK} and {BLOCK_END}. Add both lines.")
+        raise ConfigError(
+            f"--write {page}: no block between {BLOCK} and {BLOCK_END}. Add both lines."
+        )
     return text, start, end
 
 

@@ -7,6 +7,7 @@ heads, nodes and losses and not two trainings of a convolutional network.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,7 +21,7 @@ from hysafe.data.datamodule import EmbedData
 from hysafe.encoder import Towers
 from hysafe.errors import ConfigError
 
-__all__ = ["ImageTowerTask", "ancestor_cross_entropy", "colour_jitter", "recalibrate_norms"]
+__all__ = ["ImageTowerTask", "ancestor_cross_entropy", "colour_jitter", "paste_box", "recalibrate_norms"]
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ class ImageTowerTask(EncoderTask):
         ema: decay of the averaged weights that are exported.
         crop: least share of the area that a random crop keeps.
         jitter: strength of changes of brightness, contrast and saturation.
+        cutmix: share of steps that paste a box of another picture (Yun et al. 2019).
+        train_sizes: [[share of training from which on, side], ...]: smaller pictures first.
         others: as for :class:`EncoderTask`.
     """
 
@@ -47,6 +50,8 @@ class ImageTowerTask(EncoderTask):
         ema: float = 0.998,
         crop: float = 0.3,
         jitter: float = 0.3,
+        cutmix: float = 0.0,
+        train_sizes: list[list[float]] | None = None,
         image_tower: str | None = "resnet10t",
         image_size: int = 64,
         dim: int = 128,
@@ -59,7 +64,8 @@ class ImageTowerTask(EncoderTask):
             weight_decay=weight_decay, warmup=warmup,
         )  # fmt: skip
         self.hierarchy_weight, self.label_smoothing = hierarchy_weight, label_smoothing
-        self.ema, self.crop, self.jitter = ema, crop, jitter
+        self.ema, self.crop, self.jitter, self.cutmix = ema, crop, jitter, cutmix
+        self.train_sizes = train_sizes or [[0.0, image_size]]
         self.encoder.requires_grad_(False)
         self.encoder.towers.model.visual.requires_grad_(True)
         self._ancestors = torch.zeros(0)
@@ -91,21 +97,43 @@ class ImageTowerTask(EncoderTask):
     def training_step(self, batch: Any, index: int) -> Tensor:
         pictures = batch["image"]
         pixels = random_resized_crop_flip(
-            pictures["pixels"].float(), self.encoder.image_size, scale=(self.crop, 1.0)
+            pictures["pixels"].float(), self._side(), scale=(self.crop, 1.0)
         )
-        features = self.encoder.towers.encode_image(colour_jitter(pixels, self.jitter))
-        logits = _classify(self.classifier, features)
-        classes = F.cross_entropy(logits, pictures["classes"], label_smoothing=self.label_smoothing)
-        above = ancestor_cross_entropy(
-            logits, pictures["classes"], self._ancestors.to(logits.device)
-        )
+        pixels = colour_jitter(pixels, self.jitter)
+        labels = others = pictures["classes"]
+        kept = 1.0
+        if torch.rand(()) < self.cutmix:
+            order = torch.randperm(len(pixels), device=pixels.device)
+            pixels, kept = paste_box(pixels, pixels[order])
+            others = labels[order]
+        logits = _classify(self.classifier, self.encoder.towers.encode_image(pixels))
+        ancestors = self._ancestors.to(logits.device)
+
+        def terms_for(targets: Tensor) -> Tensor:
+            return torch.stack(
+                [
+                    F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing),
+                    ancestor_cross_entropy(logits, targets, ancestors),
+                ]
+            )
+
+        both = terms_for(labels)
+        if kept < 1:
+            both = kept * both + (1 - kept) * terms_for(others)
+        classes, above = both
         loss = classes + self.hierarchy_weight * above
         if self.global_step % 20 == 0:
-            hits = (logits.argmax(-1) == pictures["classes"]).float().mean()
+            hits = (logits.argmax(-1) == labels).float().mean()
             terms = {"loss": loss, "class": classes, "hypernym": above, "top1": hits}
             self.log_terms(terms)
             self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return loss
+
+    def _side(self) -> int:
+        """Side of the training pictures at this point of the training."""
+        total = max(1.0, float(self.trainer.estimated_stepping_batches))
+        progress = self.global_step / total
+        return int(max((s for s in self.train_sizes if s[0] <= progress), key=lambda s: s[0])[1])
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         parts = nn.ModuleList([self.encoder.towers.model.visual, self.classifier])
@@ -202,6 +230,25 @@ def ancestor_cross_entropy(logits: Tensor, classes: Tensor, ancestors: Tensor) -
     above = ancestors[classes]
     mean = above.float() / above.sum(-1, keepdim=True).clamp_min(1)
     return -(below.clamp_min(1e-8).log() * mean).sum(-1).mean()
+
+
+def paste_box(pixels: Tensor, others: Tensor) -> tuple[Tensor, float]:
+    """Paste one random box of `others` over `pixels`, both [B, 3, S, S].
+
+    Returns:
+        The pictures and the share of their area that was kept.
+
+    Source: Yun et al. 2019, "CutMix", with one box for the batch.
+    """
+    height, width = pixels.shape[-2:]
+    share = math.sqrt(float(torch.rand(())))
+    box = (round(height * share), round(width * share))
+    y, x = (int(torch.randint(0, s, ())) for s in (height, width))
+    top, bottom = max(0, y - box[0] // 2), min(height, y + (box[0] + 1) // 2)
+    left, right = max(0, x - box[1] // 2), min(width, x + (box[1] + 1) // 2)
+    mixed = pixels.clone()
+    mixed[..., top:bottom, left:right] = others[..., top:bottom, left:right]
+    return mixed, 1 - (bottom - top) * (right - left) / (height * width)
 
 
 def colour_jitter(pixels: Tensor, strength: float) -> Tensor:

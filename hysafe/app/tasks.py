@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 
 __all__ = ["EncoderTask", "PresetTask", "TaxonomyTask", "class_phrases"]
 
-# Texts are cut to this many tokens in training; the longest contrast sentence has 40.
-TRAIN_TOKENS = 40
+# Texts of like length are encoded together in training, so many groups a batch.
+LENGTH_GROUPS = 4
 
 
 class EncoderTask(L.LightningModule):
@@ -50,6 +50,7 @@ class EncoderTask(L.LightningModule):
         text_layers: upper layers of MiniLM that are trained whole (``mini``, with lora_rank 0).
         text_lr: of these layers.
         node_offsets: a learned offset for every node of the bundled taxonomy.
+        context_length: tokens of a text (``mini``); longer ones are read in windows of it.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class EncoderTask(L.LightningModule):
         text_layers: int = 0,
         text_lr: float = 1e-4,
         node_offsets: bool = False,
+        context_length: int = 64,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -81,7 +83,7 @@ class EncoderTask(L.LightningModule):
         else:
             architecture = mini_architecture(
                 str(image_tower), image_size=image_size, lora_rank=lora_rank,
-                text_layers=text_layers,
+                text_layers=text_layers, context_length=context_length,
             )  # fmt: skip
         known = [bank_hash(n.phrases) for n in load_taxonomy()] if node_offsets else []
         self.encoder = HyperbolicEncoder(
@@ -139,10 +141,9 @@ class EncoderTask(L.LightningModule):
         """Features [B, E]; short and long texts apart, so that short ones are not padded."""
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         features = []
-        for half in (order[: len(order) // 2], order[len(order) // 2 :]):
-            if not half:
-                continue
-            tokens = self.encoder.towers.tokenize([texts[i] for i in half], limit=TRAIN_TOKENS)
+        size = -(-len(order) // LENGTH_GROUPS)
+        for start in range(0, len(order), size):
+            tokens = self.encoder.towers.tokenize([texts[i] for i in order[start : start + size]])
             features.append(self.encoder.towers.encode_text(tokens.to(self.device)).float())
         joined = torch.cat(features)
         back = torch.empty_like(joined)
@@ -211,7 +212,7 @@ class TaxonomyTask(EncoderTask):
         phrases: int | None = None,
         init_from: str | None = None,
         image_from: str | None = None,
-        text_from: str | None = None,
+        text_from: str | list[str] | None = None,
         freeze_image: bool = False,
         freeze_text: bool = False,
         image_views: int = 2,
@@ -235,10 +236,11 @@ class TaxonomyTask(EncoderTask):
         text_layers: int = 0,
         text_lr: float = 1e-4,
         node_offsets: bool = False,
+        context_length: int = 64,
     ) -> None:
         super().__init__(
-            image_tower, open_clip, image_size, dim, space, curvature, lora_rank,
-            lr, head_lr, lora_lr, weight_decay, warmup, text_layers, text_lr, node_offsets,
+            image_tower, open_clip, image_size, dim, space, curvature, lora_rank, lr, head_lr,
+            lora_lr, weight_decay, warmup, text_layers, text_lr, node_offsets, context_length,
         )  # fmt: skip
         self.weights, self.image_weight = weights, image_weight
         self.image_leaf_weight, self.class_entail = image_leaf_weight, class_entail
@@ -253,9 +255,10 @@ class TaxonomyTask(EncoderTask):
                 )
             self.encoder.towers.lock_text()
         if image_from is not None:
-            self.encoder.towers.take(image_from, "visual")
+            self.encoder.towers.take([image_from], "visual")
         if text_from is not None:
-            self.encoder.towers.take(text_from, "text")
+            folders = [text_from] if isinstance(text_from, str) else text_from
+            self.encoder.towers.take(folders, "text")
         self.freeze_image, self.image_views = freeze_image, image_views
         if freeze_image:
             self.encoder.towers.model.visual.requires_grad_(False)

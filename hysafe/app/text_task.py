@@ -43,10 +43,12 @@ class TextTowerTask(EncoderTask):
         warmup: float = 0.06,
         text_layers: int = 6,
         text_lr: float = 1e-4,
+        context_length: int = 64,
     ) -> None:
         super().__init__(
             image_tower, image_size=image_size, dim=dim, lora_rank=0, head_lr=head_lr,
             weight_decay=weight_decay, warmup=warmup, text_layers=text_layers, text_lr=text_lr,
+            context_length=context_length,
         )  # fmt: skip
         self.label_smoothing, self.text_dropout = label_smoothing, text_dropout
         self.encoder.requires_grad_(False)

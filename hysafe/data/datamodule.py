@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hysafe.data.contrast import contrast_set
 from hysafe.data.images import decode, to_pixels
+from hysafe.data.joined import join_texts
 from hysafe.data.label_map import permissive_sets
 from hysafe.data.leaves import LeafSpace
 from hysafe.data.rendered import render_text_pictures
@@ -45,6 +46,7 @@ TEXT_WEIGHTS = {
     "advbench": 0.03,
     "davidson": 0.03,
     "other": 0.07,
+    "joined": 0.08,
 }
 
 
@@ -142,6 +144,8 @@ class EmbedData(L.LightningDataModule):
         text_sets: names of text sets in ``text/``; None: all permissive ones.
         text_weights: how often each source is drawn.
         rendered: number of rendered pictures of text.
+        joined: number of longer texts made of the others (:func:`~hysafe.data.joined.join_texts`).
+        with_mates: a contrast sentence is always drawn with the other side of its pair.
         limit: at most this many pictures and texts of each source (quick runs).
         seed: of sampling and rendering.
         exclude_classes: names of picture classes that are left out everywhere, as if they were not
@@ -161,10 +165,13 @@ class EmbedData(L.LightningDataModule):
         limit: int | None = None,
         seed: int = 0,
         exclude_classes: list[str] | None = None,
+        joined: int = 0,
+        with_mates: bool = False,
     ) -> None:
         super().__init__()
         self.data_dir, self.image_size = data_dir, image_size
         self.image_batch, self.text_batch = image_batch, text_batch
+        self.joined, self.with_mates = joined, with_mates
         self.pictures, self.rendered, self.limit, self.seed = pictures, rendered, limit, seed
         self.text_sets = list(permissive_sets()) if text_sets is None else text_sets
         self.text_weights = text_weights or TEXT_WEIGHTS
@@ -186,7 +193,9 @@ class EmbedData(L.LightningDataModule):
     def _read_texts(self) -> None:
         train: dict[str, list[Sample]] = {"contrast": [], "background": [], "functional": []}
         for s in contrast_set("train"):
-            kind = "contrast" if s.pair else "functional" if s.extra["functionality"] else "background"
+            kind = (
+                "contrast" if s.pair else "functional" if s.extra["functionality"] else "background"
+            )
             train[kind].append(s)
         train["phrases"] = [
             Sample(f"phrase-{n.id}-{i}", "phrases", phrase, None, (n.id,), not n.risky, None,
@@ -205,6 +214,9 @@ class EmbedData(L.LightningDataModule):
             train[name] = kept[: self.limit]
         if self.limit:
             train = {k: v[: self.limit] for k, v in train.items()}
+        if self.joined:
+            whole = [s for v in train.values() for s in v]
+            train["joined"] = join_texts(whole, self.joined, seed=self.seed)
         self.train_texts = Texts([s for v in train.values() for s in v], self.leaves)
         listed = [k for k in train if k in self.text_weights]
         others = [k for k in train if k not in self.text_weights]
@@ -213,6 +225,7 @@ class EmbedData(L.LightningDataModule):
         self.draw_weights = torch.tensor(
             [share[k] / len(v) for k, v in train.items() for _ in v], dtype=torch.double
         )
+        self.mates = _mates(self.train_texts.samples) if self.with_mates else None
         core = [s for s in contrast_set("validation") if not s.extra["functionality"]]
         self.validation_texts = core[: self.limit]
 
@@ -250,7 +263,9 @@ class EmbedData(L.LightningDataModule):
                         break
             unknown = sorted(self.exclude_classes - left_out)
             if unknown and not self.limit:  # a limit may end before a class comes up
-                raise ConfigError(f"exclude_classes {unknown}: no such picture classes. Correct them.")
+                raise ConfigError(
+                    f"exclude_classes {unknown}: no such picture classes. Correct them."
+                )
             known = sorted(names)
             remap = {label: i for i, label in enumerate(known)}
             classes[:] = [remap[x] for x in classes]
@@ -310,7 +325,8 @@ class EmbedData(L.LightningDataModule):
         texts = DataLoader(
             self.train_texts,
             sampler=_Batches(
-                len(self.train_texts), self.text_batch, self.seed + 1, self.draw_weights, steps
+                len(self.train_texts), self.text_batch, self.seed + 1, self.draw_weights, steps,
+                self.mates,
             ),
             batch_size=None,
         )
@@ -377,12 +393,23 @@ class RoleData(L.LightningDataModule):
 
 
 class _Batches(torch.utils.data.Sampler):
-    """Index lists: a shuffle without weights, draws with replacement with them; new every epoch."""
+    """Index lists: a shuffle without weights, draws with replacement with them; new every epoch.
+
+    With `mates` (index of each item's mate, its own where it has none) the second half of a batch
+    holds the mates of the first half, and other draws where there is none.
+    """
 
     def __init__(
-        self, size: int, batch: int, seed: int, weights: Tensor | None, steps: int
+        self,
+        size: int,
+        batch: int,
+        seed: int,
+        weights: Tensor | None,
+        steps: int,
+        mates: Tensor | None = None,
     ) -> None:
         self.size, self.batch, self.weights, self.steps = size, min(batch, size), weights, steps
+        self.mates = mates
         self.generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
@@ -396,7 +423,26 @@ class _Batches(torch.utils.data.Sampler):
                 self.weights, self.steps * self.batch, replacement=True, generator=self.generator
             )
         for step in range(self.steps):
-            yield order[step * self.batch : (step + 1) * self.batch].tolist()
+            batch = order[step * self.batch : (step + 1) * self.batch]
+            if self.mates is not None:
+                first, second = batch.chunk(2)
+                mates = self.mates[first[: len(second)]]
+                alone = mates == first[: len(second)]
+                batch = torch.cat([first, torch.where(alone, second, mates)])
+            yield batch.tolist()
+
+
+def _mates(samples: Sequence[Sample]) -> Tensor:
+    """Index [T] of the other side of each sample's pair; its own where there is none."""
+    pairs: dict[str, list[int]] = {}
+    for i, s in enumerate(samples):
+        if s.pair:
+            pairs.setdefault(s.pair, []).append(i)
+    mates = torch.arange(len(samples))
+    for members in pairs.values():
+        if len(members) == 2:
+            mates[members[0]], mates[members[1]] = members[1], members[0]
+    return mates
 
 
 def _share(text: str) -> float:

@@ -128,6 +128,8 @@ class Towers(nn.Module):
         self.architecture = copy.deepcopy(architecture)
         kind = architecture.get("kind")
         if kind == "open_clip_config":
+            import hysafe.encoder.fine_stem  # noqa: F401 - timm learns its name
+
             name, config = _register(open_clip, architecture["model_cfg"])
             with _quiet_transformers():
                 self.model = open_clip.create_model(name)
@@ -239,18 +241,33 @@ class Towers(nn.Module):
         first = MINILM_LAYERS - int(self.architecture.get("text_layers", 0))
         return layer is not None and int(layer[1]) >= first
 
-    def take(self, folder: str | Path, part: Literal["visual", "text"]) -> None:
-        """Take one tower's weights from a saved hysafe directory.
+    def take(self, folders: Sequence[str | Path], part: Literal["visual", "text"]) -> None:
+        """Take one tower's weights from saved hysafe directories; of several, their mean.
 
         Args:
+            folders: exports of trainings that started from the same weights. Their mean is often
+                better than each of them.
             part: ``visual``, the image tower; ``text``, the layers of MiniLM that are saved whole.
 
         Raises:
             ModelError: no such directory, or another tower.
+
+        Source: Wortsman et al. 2022, "Model soups".
         """
+        states = [self._read(Path(folder), part) for folder in folders]
+        mean = {
+            k: torch.stack([state[k].float() for state in states]).mean(0).to(v.dtype)
+            if v.is_floating_point()
+            else v
+            for k, v in states[0].items()
+        }
+        self.load_state_dict(mean, strict=False)
+
+    def _read(self, folder: Path, part: str) -> dict[str, Tensor]:
+        """Weights of one tower in a saved hysafe directory."""
         from safetensors import safe_open
 
-        file = Path(folder) / "model.safetensors"
+        file = folder / "model.safetensors"
         if not file.is_file():
             raise ModelError(
                 f"{folder}: no tower there. Train it first, e.g. python train_embed.py fit "
@@ -266,9 +283,8 @@ class Towers(nn.Module):
             }
         if set(state) != set(target) or not target:
             raise ModelError(f"{folder}: its {part} tower is not the one of this config.")
-        # scalars are stored with one dimension
-        state = {k: v.reshape(target[k].shape) for k, v in state.items()}
-        self.load_state_dict(state, strict=False)
+        # scalars are stored with one dimension; the mean of several is taken in full precision
+        return {k: v.reshape(target[k].shape).to(target[k].dtype) for k, v in state.items()}
 
     def _add_lora(self, rank: int) -> None:
         from peft import LoraConfig, get_peft_model

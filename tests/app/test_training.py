@@ -12,7 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
-from hysafe.app.image_task import ancestor_cross_entropy, colour_jitter
+from hysafe.app.image_task import ancestor_cross_entropy, colour_jitter, paste_box
 from hysafe.app.tasks import random_resized_crop_flip
 from hysafe.app.training import embed_main
 from hysafe.encoder import HyperbolicEncoder
@@ -172,3 +172,13 @@ def test_colour_jitter_keeps_range() -> None:
     assert out.min() >= 0
     assert out.max() <= 255
     assert torch.equal(colour_jitter(pixels, 0.0), pixels)
+
+
+def test_pasted_boxes_come_from_the_other_picture_and_are_counted() -> None:
+    torch.manual_seed(0)
+    for _ in range(30):
+        mixed, kept = paste_box(torch.zeros(2, 3, 20, 24), torch.ones(2, 3, 20, 24))
+        assert set(mixed.unique().tolist()) <= {0.0, 1.0}
+        assert 1 - mixed.mean().item() == pytest.approx(kept)
+        assert torch.equal(mixed[0], mixed[1])
+    assert 0 <= kept <= 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hysafe.encoder import HyperbolicEncoder, LorentzHead, NodeHead
+from hysafe.encoder import HyperbolicEncoder, LorentzHead, NodeHead, mini_architecture
 from hysafe.encoder.pretrained import lift_open_clip, load_encoder
 from hysafe.encoder.towers import minilm_path
 from hysafe.errors import ConfigError, ModelError
@@ -198,3 +198,32 @@ def test_saved_text_layers_come_back(tmp_path: Path) -> None:
         again.text_features(texts), encoder.eval().text_features(texts), atol=0.02
     )
     assert (tmp_path / "model.safetensors").stat().st_size < 20e6
+
+
+def test_towers_are_the_mean_of_several_exports(tmp_path: Path) -> None:
+    architecture = mini_architecture("test_resnet", image_size=32, lora_rank=0, text_layers=1)
+    folders, weights = [], []
+    for number in range(2):
+        model = HyperbolicEncoder(architecture, dim=4)
+        state = model.towers.own_state()
+        name = next(k for k in state if "layer.5.output.dense.weight" in k)
+        state[name].fill_(float(number))
+        weights.append(state[name].clone())
+        model.save_directory(tmp_path / str(number))
+        folders.append(tmp_path / str(number))
+    fresh = HyperbolicEncoder(architecture, dim=4)
+    fresh.towers.take(folders, "text")
+    assert torch.equal(fresh.towers.own_state()[name], torch.full_like(weights[0], 0.5))
+    fresh.towers.take(folders[1:], "text")
+    assert torch.equal(fresh.towers.own_state()[name], weights[1])
+
+
+def test_the_fine_stem_halves_the_strides() -> None:
+    model = HyperbolicEncoder(
+        mini_architecture("hysafe_resnet10t_fine", image_size=64, lora_rank=0), dim=4
+    )
+    seen = {}
+    trunk = model.towers.model.visual.trunk
+    trunk.layer1.register_forward_hook(lambda *a: seen.update(side=a[2].shape[-1]))
+    model.encode_image(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    assert seen["side"] == 32
