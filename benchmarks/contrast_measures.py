@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import torch
 
-from hysafe.data.contrast import contrast_set
+from hysafe.data.contrast import contrast_set, core_set
 from hysafe.evaluate.metrics import detection
 from hysafe.types import Sample
 
@@ -29,15 +29,17 @@ def main() -> None:
     a = parser.parse_args()
     samples = contrast_set()
     print(f"sentences {len(samples)}, pairs {len({s.pair for s in samples if s.pair})}")
-    for name in ("split", "register", "functionality"):
+    for name in ("split", "register", "functionality", "form"):
         counts = Counter(str(s.extra[name]) for s in samples)
         print(f"{name}: " + ", ".join(f"{k} {v}" for k, v in sorted(counts.items())))
     pairs = Counter(str(s.extra["node"]) for s in samples if s.pair and not s.safe)
-    print(f"pairs a category: least {min(pairs.values())}, median {np.median([*pairs.values()]):.0f}")
+    print(
+        f"pairs a category: least {min(pairs.values())}, median {np.median([*pairs.values()]):.0f}"
+    )
     print(f"sentences with a {GRAM}-gram seen in another pair: {shared_grams(samples):.4f}")
     print(f"self-BLEU-4 ({BLEU_SENTENCES} x {BLEU_REFERENCES}): {self_bleu(samples, a.seed):.1f}")
     test = [s for s in samples if s.extra["split"] == "test"]
-    core = [s for s in test if not s.extra["functionality"]]
+    core = core_set("test")
     for title, part in (("test split", core), ("with functionalities", test)):
         unsafe = torch.tensor([not s.safe for s in part])
         length = torch.tensor([float(len(words(s))) for s in part])

@@ -41,7 +41,7 @@ from torchmetrics.functional import spearman_corrcoef
 from hysafe.app.card import _text_figures, _Texts
 from hysafe.app.tasks import TaxonomyTask, random_resized_crop_flip
 from hysafe.app.training import _commit
-from hysafe.data.contrast import contrast_set
+from hysafe.data.contrast import core_set
 from hysafe.data.datamodule import EmbedData, WorldTree
 from hysafe.data.leaves import LeafSpace
 from hysafe.data.sources import data_root
@@ -345,7 +345,7 @@ def _digest(value: Any) -> str:
 
 def _core(split: str, limit: int | None) -> list[Sample]:
     """Pairs and background of a split, as in the card and in training's quick validation."""
-    return [s for s in contrast_set(split) if not s.extra["functionality"]][:limit]
+    return core_set(split)[:limit]
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -142,7 +142,7 @@ def texts_of(
     if other not in (None, "contrast"):
         harmless = [r["text"] for r in _rows(str(other), data_dir) if r["safe"] is True]
     if len(harmless) < 50:
-        harmless = [str(s.text) for s in contrast_set("test") if s.safe]
+        harmless = [str(s.text) for s in contrast_set("test") if s.safe and not s.extra["form"]]
     rng = np.random.default_rng(0)
     return tuple(  # type: ignore[return-value]
         [x[i] for i in rng.permutation(len(x))[:MOST]] for x in (risky, harmless)

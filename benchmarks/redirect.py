@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="at most this many pictures")
     a = parser.parse_args()
     model = load(a.model)
-    texts = contrast_set("test")
+    texts = [s for s in contrast_set("test") if not s.extra["form"]]
     root = data_root(a.data) / "images" / "tiny_imagenet" / "val.parquet"
     pictures = list(iter_samples(str(root), "tiny_imagenet"))[: a.limit]
     with tempfile.TemporaryDirectory() as folder:
@@ -66,9 +66,7 @@ def main() -> None:
             # pictures only on both sides: the question is which picture comes back
             where = "modality = 'image'"
             plain = collection.search(queries, model=model.hash, k=10, where=where)
-            moved = redirect_queries(
-                collection, model, queries, channel=channel, where=where, k=10
-            )
+            moved = redirect_queries(collection, model, queries, channel=channel, where=where, k=10)
             before = [
                 t in [label[_id(collection, h.row)]["name"] for h in hits]
                 for t, hits in zip(truth, plain, strict=True)

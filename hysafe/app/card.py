@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hysafe.app.pipeline import SafetyModel, load
-from hysafe.data.contrast import contrast_set
+from hysafe.data.contrast import contrast_set, core_set, long_set
 from hysafe.data.datamodule import EmbedData, Pictures, WorldTree
 from hysafe.encoder.model import HyperbolicEncoder
 from hysafe.encoder.pretrained import LIFT_CONE_SCALE, LIFT_RADIUS, resolve_folder
@@ -255,6 +255,9 @@ def text_figures(model: SafetyModel, judged: _Judged | None = None) -> dict[str,
             functional,
         )
     )  # fmt: skip
+    long = _Texts(long_set("test"))
+    evidence = _judge_texts(model, long).scores.evidence
+    figures["long texts AUROC"] = detection(evidence[~long.unsafe], evidence[long.unsafe]).auroc
     return figures
 
 
@@ -313,8 +316,8 @@ def functional_figures(
 
 
 def _core(split: str) -> _Texts:
-    """Pairs and background of a split; the functionalities have figures of their own."""
-    return _Texts([s for s in contrast_set(split) if not s.extra["functionality"]])
+    """Pairs and background of a split; functionalities and long texts have figures of their own."""
+    return _Texts(core_set(split))
 
 
 def _text_figures(
@@ -418,7 +421,7 @@ def logistic_figures() -> dict[str, float]:
     model = _untrained_lift()
     splits = {s: _core(s) for s in ("train", "validation", "test")}
     functional = _Texts([s for s in contrast_set("test") if s.extra["functionality"]])
-    splits["functional"] = functional
+    splits["functional"], splits["long"] = functional, _Texts(long_set("test"))
     x = {
         s: F.normalize(model.encoder.text_features(t.texts), dim=-1).cpu().numpy()
         for s, t in splits.items()
@@ -465,6 +468,9 @@ def logistic_figures() -> dict[str, float]:
             known[splits["validation"].unsafe], evidence[splits["test"].unsafe], probed, functional
         )
     )
+    long = torch.tensor(chosen.decision_function(x["long"]))
+    unsafe = splits["long"].unsafe
+    figures["long texts AUROC"] = detection(long[~unsafe], long[unsafe]).auroc
     return figures
 
 

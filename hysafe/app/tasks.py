@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 __all__ = ["EncoderTask", "PresetTask", "TaxonomyTask", "class_phrases"]
 
 # Texts of like length are encoded together in training, so many groups a batch.
-LENGTH_GROUPS = 4
+LENGTH_GROUPS = 6
 
 
 class EncoderTask(L.LightningModule):

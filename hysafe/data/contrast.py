@@ -10,10 +10,10 @@ from hysafe.data.label_map import SAFE
 from hysafe.errors import ConfigError
 from hysafe.types import Sample
 
-__all__ = ["SPLITS", "contrast_set"]
+__all__ = ["SPLITS", "contrast_set", "core_set", "long_set"]
 
 SPLITS = ("train", "validation", "test")
-EXTRA = ("split", "side", "register", "node", "concept", "functionality")
+EXTRA = ("split", "side", "register", "node", "concept", "functionality", "form")
 
 
 def contrast_set(split: str | Sequence[str] = SPLITS) -> list[Sample]:
@@ -56,3 +56,13 @@ def contrast_set(split: str | Sequence[str] = SPLITS) -> list[Sample]:
                 )
             )
     return samples
+
+
+def core_set(split: str | Sequence[str] = SPLITS) -> list[Sample]:
+    """Short pairs and background: without the functionalities and the long texts."""
+    return [s for s in contrast_set(split) if not (s.extra["functionality"] or s.extra["form"])]
+
+
+def long_set(split: str | Sequence[str] = SPLITS) -> list[Sample]:
+    """Pairs of several sentences: posts, screens of chat, letters."""
+    return [s for s in contrast_set(split) if s.extra["form"] == "long"]

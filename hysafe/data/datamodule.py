@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from hysafe.data.contrast import contrast_set
+from hysafe.data.contrast import contrast_set, core_set
 from hysafe.data.images import decode, to_pixels
 from hysafe.data.joined import join_texts
 from hysafe.data.label_map import permissive_sets
@@ -46,7 +46,7 @@ TEXT_WEIGHTS = {
     "advbench": 0.03,
     "davidson": 0.03,
     "other": 0.07,
-    "joined": 0.08,
+    "joined": 0.05,
 }
 
 
@@ -226,8 +226,7 @@ class EmbedData(L.LightningDataModule):
             [share[k] / len(v) for k, v in train.items() for _ in v], dtype=torch.double
         )
         self.mates = _mates(self.train_texts.samples) if self.with_mates else None
-        core = [s for s in contrast_set("validation") if not s.extra["functionality"]]
-        self.validation_texts = core[: self.limit]
+        self.validation_texts = core_set("validation")[: self.limit]
 
     def _read_pictures(self) -> None:
         size, rng = self.image_size, random.Random(self.seed)
@@ -325,7 +324,11 @@ class EmbedData(L.LightningDataModule):
         texts = DataLoader(
             self.train_texts,
             sampler=_Batches(
-                len(self.train_texts), self.text_batch, self.seed + 1, self.draw_weights, steps,
+                len(self.train_texts),
+                self.text_batch,
+                self.seed + 1,
+                self.draw_weights,
+                steps,
                 self.mates,
             ),
             batch_size=None,

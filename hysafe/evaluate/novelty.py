@@ -357,7 +357,7 @@ def policy_figures(model: Encodes) -> dict[str, Any]:
     the best logit of an active category.
     """
     encode = Encoder(model)
-    samples = {s: [x for x in contrast_set(s) if x.pair or x.safe] for s in
+    samples = {s: [x for x in contrast_set(s) if (x.pair or x.safe) and not x.extra["form"]] for s in
                ("train", "validation", "test")}  # fmt: skip
     items = {s: encode.texts([str(x.text) for x in v]) for s, v in samples.items()}
     ids = encode.risk_ids

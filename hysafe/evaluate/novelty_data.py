@@ -402,7 +402,11 @@ def contrast_suite(
     ids = encode.risk_ids
     parts: dict[str, tuple[Encoded, Tensor]] = {}
     for split in ("train", "validation", "test"):
-        risky = [s for s in contrast_set(split) if not s.safe and s.pair and s.nodes[0] in ids]
+        risky = [
+            s
+            for s in contrast_set(split)
+            if not s.safe and s.pair and not s.extra["form"] and s.nodes[0] in ids
+        ]
         most = min(FIT_ITEMS, limit or FIT_ITEMS) if split == "train" else limit
         risky = _first(risky, most, key=lambda s: s.nodes[0])
         labels = torch.tensor([ids.index(s.nodes[0]) for s in risky])

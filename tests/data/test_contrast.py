@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from hysafe.data.contrast import SPLITS, contrast_set
+from hysafe.data.contrast import SPLITS, contrast_set, core_set, long_set
 from hysafe.data.label_map import SAFE
 from hysafe.errors import ConfigError
 from hysafe.taxonomy import load_taxonomy
@@ -94,3 +94,13 @@ def test_an_unknown_split_is_named_with_the_known_ones() -> None:
         contrast_set("dev")
     with pytest.raises(ConfigError, match=r"\['dev'\]"):
         contrast_set(["train", "dev"])
+
+
+def test_core_and_long_texts_are_apart(samples: list[Sample]) -> None:
+    core, long = core_set(), long_set()
+    assert not {s.id for s in core} & {s.id for s in long}
+    assert min(len(str(s.text).split()) for s in long) >= 30
+    assert all(s.pair for s in long)
+    assert {s.extra["split"] for s in long} == set(SPLITS)
+    rest = [s for s in samples if s not in core and s not in long]
+    assert rest and all(s.extra["functionality"] for s in rest)
