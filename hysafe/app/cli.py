@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hysafe import __version__
-from hysafe.app.collection_commands import add_commands
+from hysafe.app.collection_commands import add_commands, local_path
 from hysafe.errors import (
     ConfigError,
     HysafeError,
@@ -32,12 +32,18 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress
 
+    from hysafe.app.pipeline import SafetyModel
     from hysafe.app.scan import ScanSummary
+    from hysafe.taxonomy import Taxonomy
 
 __all__ = ["main"]
 
 # Limits of a decode process: a day, and what it takes to start.
 LONGEST_DECODE, LEAST_MEMORY = 86_400, 64
+
+# Options of one suite of `hysafe eval`.
+CARD_ONLY = ("control", "fit", "write")
+NOVELTY_ONLY = ("settings", "held_out", "unseen", "limit", "seed")
 
 USAGE_ERRORS = (ConfigError, InputError, MissingExtraError, ModelError, TaxonomyError)
 
@@ -92,8 +98,9 @@ def _parser() -> argparse.ArgumentParser:
 
     scan = commands.add_parser("scan", help="judge pictures and texts, write results and a report")
     scan.add_argument("paths", nargs="+", metavar="PATH",
-                      help="picture, folder, .parquet, .jsonl, .txt, or - for lines of stdin")  # fmt: skip
-    scan.add_argument("--out", required=True, type=Path, metavar="DIR", help="output folder")
+                      help="picture, folder, .parquet, .jsonl, .txt, here or at s3://, gs://, hf:// "
+                      "(a pattern there, too), or - for lines of stdin")  # fmt: skip
+    scan.add_argument("--out", required=True, type=local_path, metavar="DIR", help="output folder")
     _add_scan_options(scan)
     scan.add_argument("--text-column", metavar="NAME", help="of tables; found by name if not given")
     scan.add_argument(
@@ -109,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     scan.set_defaults(run=_scan)
 
     demo = commands.add_parser("demo", help="scan the bundled demo collection")
-    demo.add_argument("--out", type=Path, default=Path("hysafe-demo"), metavar="DIR",
+    demo.add_argument("--out", type=local_path, default=Path("hysafe-demo"), metavar="DIR",
                       help="output folder (default: hysafe-demo)")  # fmt: skip
     demo.add_argument("--open", action="store_true", help="open the report in a browser")
     _add_scan_options(demo)
@@ -129,24 +136,27 @@ def _parser() -> argparse.ArgumentParser:
                           help="card: the figures of the model card; novelty: novelty scorers beside "
                           "pytorch-ood's")  # fmt: skip
     evaluate.add_argument("--model", default="mini", help="mini, a folder, open_clip:ARCH/TAG")
-    evaluate.add_argument("--control", metavar="DIR", help="Euclidean control to stand beside it")
     evaluate.add_argument("--data", metavar="DIR", help="development data (default: HYSAFE_DATA)")
-    evaluate.add_argument("--fit", action="store_true",
-                          help="fit the calibration of a model folder first, and store it there")  # fmt: skip
     evaluate.add_argument(
         "--out", type=Path, metavar="DIR", help="write SUITE.json and SUITE.md here"
     )
-    evaluate.add_argument("--write", type=Path, nargs="+", default=[], metavar="PAGE",
-                          help="card only: put the table into these Markdown pages")  # fmt: skip
+    card = evaluate.add_argument_group("card only")
+    card.add_argument("--control", metavar="DIR", help="Euclidean control to stand beside it")
+    card.add_argument("--fit", action="store_true", default=None,
+                      help="fit the calibration of a model folder first, and store it there")  # fmt: skip
+    card.add_argument("--write", type=Path, nargs="+", metavar="PAGE",
+                      help="put the table into these Markdown pages")  # fmt: skip
     only = evaluate.add_argument_group("novelty only")
     only.add_argument("--settings", metavar="A,B", help="some of near, far, clinc150, contrast, "
                       "catqa, policy (default: all)")  # fmt: skip
     only.add_argument("--held-out", type=Path, metavar="FILE",
                       help="class names that are novel in `near` (default: a bundled list of 17)")  # fmt: skip
-    only.add_argument("--unseen", action="store_true",
+    only.add_argument("--unseen", action="store_true", default=None,
                       help="the model was trained without the held-out classes")  # fmt: skip
     only.add_argument("--limit", type=int, metavar="N", help="at most N items of each class")
-    only.add_argument("--seed", type=int, default=0, metavar="N", help="of folds and far pictures")
+    only.add_argument(
+        "--seed", type=int, metavar="N", help="of folds and far pictures (default: 0)"
+    )
     evaluate.add_argument("--verbose", action="store_true")
     evaluate.set_defaults(run=_evaluate)
     return parser
@@ -180,14 +190,20 @@ def _scan(arguments: argparse.Namespace) -> int:
     check_paths(arguments.paths, **columns)
     if arguments.watch is not None:
         from hysafe.app.watch import check_watch
+        from hysafe.data.remote import is_remote
 
         check_watch(arguments.paths, arguments.watch)
-    run = _scanner(
+        if remote := next(filter(is_remote, arguments.paths), None):
+            raise ConfigError(
+                f"--watch: {remote} is no local folder, and is not watched. Run the scan again from "
+                "time to time: what is known is not encoded again."
+            )
+    run, taxonomy = _scanner(
         arguments, arguments.paths, arguments.title,
         fresh=arguments.fresh, retry=arguments.retry, **columns,
     )  # fmt: skip
     if arguments.watch is None:
-        _print_summary(*run(), arguments.report)
+        _print_summary(*run(), arguments.report, taxonomy)
         return 0
     return _watch(arguments, run)
 
@@ -208,8 +224,9 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     with resources.as_file(resources.files("hysafe.assets") / "demo") as folder:
         paths = [str(folder / "images"), str(folder / "texts.jsonl")]
-        summary, seconds = _scanner(arguments, paths, "hysafe demo")()
-    _print_summary(summary, seconds, arguments.report)
+        run, taxonomy = _scanner(arguments, paths, "hysafe demo")
+        summary, seconds = run()
+    _print_summary(summary, seconds, arguments.report, taxonomy)
     if arguments.open and arguments.report:
         import webbrowser
 
@@ -219,8 +236,9 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _scanner(
     arguments: argparse.Namespace, paths: Sequence[str], title: str, **options: Any
-) -> Callable[[], tuple[ScanSummary, float]]:
-    """What scans with a command's options, as often as it is called; gives the seconds, too."""
+) -> tuple[Callable[[], tuple[ScanSummary, float]], Taxonomy]:
+    """What scans with a command's options, as often as it is called, and gives the seconds, too;
+    the taxonomy under the policy."""
     if arguments.batch < 1 or (arguments.workers is not None and arguments.workers < 0):
         raise ConfigError("--batch must be at least 1 and --workers at least 0.")
     if not 0 < arguments.decode_seconds <= LONGEST_DECODE:
@@ -231,9 +249,7 @@ def _scanner(
 
     # settings are checked before the model is loaded
     policy = Policy.load(arguments.policy) if arguments.policy else None
-    taxonomy = load_taxonomy(arguments.taxonomy)
-    if policy is not None:
-        policy.apply(taxonomy)
+    view = (policy or Policy()).apply(load_taxonomy(arguments.taxonomy))
     ocr = ocr_reader(arguments.ocr)
     with _progress() as bar:
         bar.add_task("loading the model", total=None)
@@ -247,6 +263,7 @@ def _scanner(
             "probabilities, and novelty has no p-values.",
             file=sys.stderr,
         )
+    warn_of_taxonomy(model, arguments.taxonomy)
     workers = arguments.workers
     if workers is None:
         workers = max(1, (os.cpu_count() or 2) - 1)
@@ -267,7 +284,21 @@ def _scanner(
         options.update({k: False for k in ("fresh", "retry") if k in options})  # once is enough
         return summary, time.perf_counter() - start
 
-    return run
+    return run, view.taxonomy
+
+
+def warn_of_taxonomy(model: SafetyModel, path: Path | None) -> None:
+    """Say that a calibration was made for the bundled taxonomy, where this is another one."""
+    from hysafe.taxonomy import load_taxonomy
+
+    if path is None or not model.calibration.fitted:
+        return
+    if model.taxonomy.hash != load_taxonomy().hash:
+        print(
+            f"hysafe: the calibration of {model.name} was made for the bundled taxonomy, not for "
+            f"{path}: scores rank, but probabilities and p-values do not hold.",
+            file=sys.stderr,
+        )
 
 
 def _progress() -> Progress:
@@ -312,13 +343,10 @@ def ocr_reader(wanted: bool | None) -> Any | None:
         return None
 
 
-def _print_summary(summary: ScanSummary, seconds: float, report: bool) -> None:
+def _print_summary(summary: ScanSummary, seconds: float, report: bool, taxonomy: Taxonomy) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from hysafe.taxonomy import load_taxonomy
-
-    taxonomy = load_taxonomy()
     table = Table(title=f"{summary.items} items in {seconds:.1f} s")
     table.add_column("rating")
     table.add_column("items", justify="right")
@@ -338,7 +366,7 @@ def _print_summary(summary: ScanSummary, seconds: float, report: bool) -> None:
             top.add_row(node, name, str(count))
         console.print(top)
     if summary.known:
-        console.print(f"{summary.known} of them were known from an earlier scan.")
+        console.print(f"{summary.known} of them were known: their content was encoded before.")
     if summary.skipped:
         console.print(f"{summary.skipped} files were neither pictures nor texts and were left out.")
     shown = "results.jsonl, items.lance" + (", report.html" if report else "")
@@ -377,13 +405,23 @@ def _taxonomy(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    options = {"card": CARD_ONLY, "novelty": NOVELTY_ONLY}
+    own = options.pop(arguments.suite)
+    ((other, theirs),) = options.items()
+    given = [o for o in theirs if getattr(arguments, o) is not None]
+    if given:
+        names = ", ".join("--" + o.replace("_", "-") for o in given)
+        raise ConfigError(
+            f"eval {arguments.suite}: {names}: of eval {other} only. Leave it out; this suite has "
+            + ", ".join("--" + o.replace("_", "-") for o in own) + "."
+        )  # fmt: skip
     if arguments.suite == "novelty":
         return _evaluate_novelty(arguments)
     from hysafe.app.card import evaluate_card
 
     return evaluate_card(
-        arguments.model, control=arguments.control, data=arguments.data, fit=arguments.fit,
-        out=arguments.out, pages=arguments.write,
+        arguments.model, control=arguments.control, data=arguments.data, fit=bool(arguments.fit),
+        out=arguments.out, pages=arguments.write or [],
     )  # fmt: skip
 
 
@@ -396,7 +434,8 @@ def _evaluate_novelty(arguments: argparse.Namespace) -> int:
     check_settings(chosen, arguments.limit)
     return evaluate_novelty(
         load(arguments.model), settings=chosen, data=arguments.data, held_out=arguments.held_out,
-        unseen=arguments.unseen, limit=arguments.limit, out=arguments.out, seed=arguments.seed,
+        unseen=bool(arguments.unseen), limit=arguments.limit, out=arguments.out,
+        seed=arguments.seed or 0,
     )  # fmt: skip
 
 

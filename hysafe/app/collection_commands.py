@@ -11,14 +11,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hysafe.errors import ConfigError
+from hysafe.errors import ConfigError, HysafeError, InputError
 
-__all__ = ["add_commands"]
+__all__ = ["add_commands", "local_path"]
 
 SOURCE_SHOWN = 60
 EXAMPLES = 10
 RATINGS = ("unsafe", "review", "safe")
 EXPORTS = ("csv", "parquet", "labelstudio", "fiftyone")
+
+
+def local_path(text: str) -> Path:
+    """A path of the command line that must be a local one."""
+    if "://" in text:
+        from hysafe.data.remote import local_folder
+
+        try:
+            return local_folder(text, "")
+        except InputError as error:
+            raise argparse.ArgumentTypeError(" ".join(str(error).split())) from error
+    return Path(text)
+
+
+def place(text: str) -> str | Path:
+    """A path of the command line that may be an address."""
+    return text if "://" in text else Path(text)
 
 
 def add_commands(commands: Any) -> None:
@@ -39,7 +56,7 @@ def add_commands(commands: Any) -> None:
     how.add_argument("--exact", action="store_false", dest="approximate",
                      help="compare with every item")  # fmt: skip
     _add_judging(search)
-    _add_listing(search)
+    _add_listing(search, None, "50; with --node those of them with a score of 0.1 or more")
     search.set_defaults(run=_search)
 
     index = commands.add_parser("index", help="make a collection's index for approximate search")
@@ -51,7 +68,7 @@ def add_commands(commands: Any) -> None:
         "rescore", help="judge a collection again under another policy, without its pictures"
     )
     _add_collection(rescore)
-    rescore.add_argument("--out", type=Path, metavar="DIR",
+    rescore.add_argument("--out", type=local_path, metavar="DIR",
                          help="write a new collection here (default: a new version in place)")  # fmt: skip
     _add_judging(rescore, "policy YAML over the taxonomy (default: the default policy)")
     rescore.add_argument("--diff", action="store_true", help="print what changed, with examples")
@@ -73,13 +90,14 @@ def add_commands(commands: Any) -> None:
     redirect.add_argument("--threshold", type=float, metavar="P",
                           help="risk below which a place is safe (default: 0.5, as for items)")  # fmt: skip
     _add_judging(redirect)
-    _add_listing(redirect, k=10)
+    _add_listing(redirect, 10, "10")
     redirect.set_defaults(run=_redirect)
 
     export = commands.add_parser("export", help="results for a spreadsheet, Label Studio, FiftyOne")
     _add_collection(export)
     export.add_argument("--format", required=True, choices=EXPORTS)
-    export.add_argument("out", type=Path, metavar="OUT", help="file (fiftyone: folder) to write")
+    export.add_argument("out", type=place, metavar="OUT",
+                        help="file (fiftyone: folder) to write, here or at s3://, gs://, hf://")  # fmt: skip
     export.add_argument("--verbose", action="store_true", help="log what happens")
     export.set_defaults(run=_export)
 
@@ -87,6 +105,12 @@ def add_commands(commands: Any) -> None:
     _add_collection(decisions)
     decisions.add_argument("decisions", type=Path, metavar="DECISIONS",
                            help="JSONL with id, rating, author, time, reason")  # fmt: skip
+    decisions.add_argument("--report", action=argparse.BooleanOptionalAction, default=None,
+                           help="write report.html again, with the decisions (default: if the "
+                           "collection has one)")  # fmt: skip
+    decisions.add_argument("--taxonomy", type=Path, metavar="FILE", help="another taxonomy YAML")
+    decisions.add_argument("--model", metavar="NAME",
+                           help="where the collection's model is now (default: where it was)")  # fmt: skip
     decisions.add_argument("--verbose", action="store_true", help="log what happens")
     decisions.set_defaults(run=_import)
 
@@ -123,11 +147,13 @@ def add_commands(commands: Any) -> None:
     calibrate.set_defaults(run=_calibrate)
 
     annotate = commands.add_parser(
-        "annotate", help="Parquet shards in, the same shards with ratings and nodes out"
+        "annotate", help="Parquet or webdataset shards in, the same with ratings and nodes out"
     )
     annotate.add_argument("shards", nargs="+", metavar="SHARD",
-                          help="Parquet file, or a folder of them")  # fmt: skip
-    annotate.add_argument("--out", required=True, type=Path, metavar="DIR", help="output folder")
+                          help="Parquet file, webdataset .tar, or a folder of them, here or at "
+                          "s3://, gs://, hf:// (a pattern there, too)")  # fmt: skip
+    annotate.add_argument("--out", required=True, type=place, metavar="DIR",
+                          help="output folder, here or there")  # fmt: skip
     annotate.add_argument("--policy", type=Path, metavar="FILE", help="policy YAML")
     annotate.add_argument("--taxonomy", type=Path, metavar="FILE", help="another taxonomy YAML")
     annotate.add_argument("--model", default="mini", help="as for scan")
@@ -143,7 +169,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _add_collection(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("collection", type=Path, metavar="COLLECTION",
+    parser.add_argument("collection", type=local_path, metavar="COLLECTION",
                         help="output folder of hysafe scan")  # fmt: skip
 
 
@@ -158,11 +184,23 @@ def _add_judging(
     parser.add_argument("--verbose", action="store_true", help="log what happens")
 
 
-def _add_listing(parser: argparse.ArgumentParser, k: int = 50) -> None:
+def _add_listing(parser: argparse.ArgumentParser, k: int | None, said: str) -> None:
     parser.add_argument("-k", type=int, default=k, metavar="N",
-                        help=f"items at most (default: {k})")  # fmt: skip
+                        help=f"items at most (default: {said})")  # fmt: skip
     parser.add_argument("--html", type=Path, metavar="OUT", help="also write a page with pictures")
     parser.add_argument("--json", action="store_true", help="print JSON lines")
+
+
+def _collection(arguments: argparse.Namespace) -> Any:
+    """The collection of the command line."""
+    from hysafe.index import Collection
+    from hysafe.index.collection import TABLE
+
+    if not (arguments.collection / f"{TABLE}.lance").is_dir():
+        raise ConfigError(
+            f"{arguments.collection}: no collection there. Make one: hysafe scan PATH --out DIR"
+        )
+    return Collection.open(arguments.collection)
 
 
 def _policy(arguments: argparse.Namespace) -> Any | None:
@@ -186,9 +224,8 @@ def _search(arguments: argparse.Namespace) -> int:
     from hysafe.app.cli import _progress
     from hysafe.app.search import search, search_json, write_found
     from hysafe.app.stored import model_of, view_of
-    from hysafe.index import Collection
 
-    collection = Collection.open(arguments.collection)
+    collection = _collection(arguments)
     towers = arguments.text is not None or arguments.image is not None
     model = model_of(collection, name=arguments.model, taxonomy=arguments.taxonomy, towers=towers)
     with _progress() as bar:
@@ -211,10 +248,9 @@ def _search(arguments: argparse.Namespace) -> int:
 
 def _index(arguments: argparse.Namespace) -> int:
     from hysafe.app.cli import _progress
-    from hysafe.index import Collection
     from hysafe.index.search import EXACT_UP_TO, FOLDER
 
-    collection = Collection.open(arguments.collection)
+    collection = _collection(arguments)
     start = time.perf_counter()
     with _progress() as bar:
         index = collection.index
@@ -244,30 +280,34 @@ def _share(bar: Any, what: str) -> Callable[[float], None]:
 
 def _rescore(arguments: argparse.Namespace) -> int:
     policy = _policy(arguments)
-    from hysafe.app.rescore import diff_json, rescore, write_diff
+    from hysafe.app.cli import warn_of_taxonomy
+    from hysafe.app.rescore import diff_json, policy_names, rescore, write_diff
     from hysafe.app.stored import model_of
-    from hysafe.index import Collection
 
     if arguments.html is not None and arguments.html.is_dir():
         raise ConfigError(f"--html {arguments.html} is a folder. Name a file.")
-    collection = Collection.open(arguments.collection)
+    collection = _collection(arguments)
     model = model_of(collection, name=arguments.model, taxonomy=arguments.taxonomy)
+    warn_of_taxonomy(model, arguments.taxonomy)
     start = time.perf_counter()
     summary = rescore(collection, model, policy, out=arguments.out, report=arguments.report)
     seconds = time.perf_counter() - start
     view = model.view(policy)
     if arguments.html is not None:
-        write_diff(arguments.html, summary.diff, collection, view.taxonomy, view.policy.name)
+        write_diff(arguments.html, summary.diff, collection, view)
     if arguments.json:
         sys.stdout.write(diff_json(summary.diff))
         return 0
-    _print_rescore(summary, collection.meta.policy_name, view, seconds, arguments.diff)
+    names = policy_names(collection.meta, view.policy)
+    _print_rescore(summary, names, view.taxonomy, seconds, arguments.diff)
     if arguments.html is not None:
         print(arguments.html)
     return 0
 
 
-def _print_rescore(summary: Any, before: str, view: Any, seconds: float, diff: bool) -> None:
+def _print_rescore(
+    summary: Any, names: tuple[str, str], taxonomy: Any, seconds: float, diff: bool
+) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -275,8 +315,9 @@ def _print_rescore(summary: Any, before: str, view: Any, seconds: float, diff: b
     done, changes = summary.scan, summary.diff
     how = "its new nodes encoded" if summary.encoded else "nothing encoded"
     table = Table()
-    for name in ("rating", before, view.policy.name):
-        table.add_column(name, justify="left" if name == "rating" else "right")
+    table.add_column("rating")
+    for name in names:
+        table.add_column(Text(name), justify="right")
     for rating in RATINGS:
         old = sum(n for (was, _), n in changes.ratings.items() if was == rating)
         table.add_row(rating, str(old), str(done.ratings[rating]))
@@ -287,7 +328,9 @@ def _print_rescore(summary: Any, before: str, view: Any, seconds: float, diff: b
         ", ".join(f"{count} {kind}" for kind, count in changes.counts().items()), highlight=False
     )
     if diff:
-        for kind, kept in changes.examples.items():
+        for kind in changes.counts():
+            if not (kept := changes.examples.get(kind)):
+                continue
             shown = Table(title=f"{kind} ({changes.counts()[kind]})")
             for name in ("item", "was", "is", "node before", "node now"):
                 shown.add_column(name)
@@ -296,10 +339,20 @@ def _print_rescore(summary: Any, before: str, view: Any, seconds: float, diff: b
                     c.result.id if c.item.modality != "text" else f"{c.result.id}: {c.item.text}"
                 )
                 shown.add_row(Text(_short(words)), c.before, c.result.rating,
-                              c.node_before or "", c.node or "")  # fmt: skip
+                              _scored(c.node_before, c.score_before, taxonomy),
+                              _scored(c.node, c.score, taxonomy))  # fmt: skip
             console.print(shown)
     console.print(f"{done.out}/: version {summary.version} of items.lance, results.jsonl",
                   highlight=False)  # fmt: skip
+
+
+def _scored(node: str | None, score: float | None, taxonomy: Any) -> Any:
+    from rich.text import Text
+
+    if node is None:
+        return Text("")
+    name = f" {taxonomy[node].name}" if node in taxonomy else ""
+    return Text(f"{node}{name}" + ("" if score is None else f" {score:.2f}"))
 
 
 def _redirect(arguments: argparse.Namespace) -> int:
@@ -309,9 +362,8 @@ def _redirect(arguments: argparse.Namespace) -> int:
     from hysafe.app.redirect import redirect_queries
     from hysafe.app.search import encode_query, search_line, write_found
     from hysafe.app.stored import model_of, view_of
-    from hysafe.index import Collection
 
-    collection = Collection.open(arguments.collection)
+    collection = _collection(arguments)
     model = model_of(collection, name=arguments.model, taxonomy=arguments.taxonomy, towers=True)
     (answer,) = redirect_queries(
         collection, model, encode_query(model, text=arguments.text, image=arguments.image),
@@ -347,9 +399,8 @@ def _redirect(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     from hysafe.app.export import export
-    from hysafe.index import Collection
 
-    collection = Collection.open(arguments.collection)
+    collection = _collection(arguments)
     written, left_out = export(collection, arguments.out, arguments.format)
     print(f"{arguments.out}: {written} items")
     if left_out:
@@ -359,10 +410,24 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _import(arguments: argparse.Namespace) -> int:
     from hysafe.app.export import import_decisions
-    from hysafe.index import Collection
 
-    read, new = import_decisions(Collection.open(arguments.collection), arguments.decisions)
+    collection = _collection(arguments)
+    read, new = import_decisions(collection, arguments.decisions)
     print(f"{read} decisions, {new} of them new")
+    report = collection.folder / "report.html"
+    if arguments.report or (arguments.report is None and report.is_file()):
+        from hysafe.app.rescore import report_stored
+        from hysafe.app.stored import model_of
+
+        try:
+            model = model_of(collection, name=arguments.model, taxonomy=arguments.taxonomy)
+            report_stored(collection, model)
+            print(report)
+        except HysafeError as error:
+            if arguments.report:
+                raise
+            words = f"hysafe: the decisions are kept, but {report} does not show them: {error}"
+            print(" ".join(words.split()), file=sys.stderr)
     return 0
 
 
@@ -385,9 +450,8 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         write_policy,
     )
     from hysafe.app.stored import model_of, view_of
-    from hysafe.index import Collection
 
-    collection = Collection.open(arguments.collection)
+    collection = _collection(arguments)
     model = model_of(collection, name=arguments.model, taxonomy=arguments.taxonomy)
     if arguments.labels is None:
         labels = decided_labels(collection)
@@ -504,11 +568,12 @@ def _annotate(arguments: argparse.Namespace) -> int:
 
     policy = _policy(arguments)
     shard_paths(arguments.shards)
-    from hysafe.app.cli import ocr_reader
+    from hysafe.app.cli import ocr_reader, warn_of_taxonomy
     from hysafe.app.pipeline import ScanOptions, load
 
     ocr = ocr_reader(arguments.ocr)
     model = load(arguments.model, taxonomy=arguments.taxonomy)
+    warn_of_taxonomy(model, arguments.taxonomy)
     audit = annotate(
         arguments.shards, arguments.out, model, policy=policy, ocr=ocr,
         options=ScanOptions(arguments.batch, arguments.workers),

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from hysafe.app.scan import RESULTS
+from hysafe.data.files import is_address
+from hysafe.data.remote import check_scheme, uploading
 from hysafe.errors import CollectionError, InputError
 from hysafe.index import Collection, Decision
 from hysafe.types import Rating
@@ -37,11 +39,12 @@ LABELS = """<View>
 """
 
 
-def export(collection: Collection, path: Path, form: str) -> tuple[int, int]:
+def export(collection: Collection, path: str | Path, form: str) -> tuple[int, int]:
     """Write a collection's results and decisions in another form.
 
     Args:
-        path: file to write; a folder for ``fiftyone``.
+        path: file to write, or its address (``s3://bucket/out.csv``), where it appears when it is
+            whole; a folder for ``fiftyone``.
         form: one of :data:`FORMATS`.
 
     Returns:
@@ -52,6 +55,12 @@ def export(collection: Collection, path: Path, form: str) -> tuple[int, int]:
         InputError: the file cannot be written.
     """
     writers = {"csv": _csv, "parquet": _parquet, "labelstudio": _tasks, "fiftyone": _fiftyone}
+    if is_address(str(path)):
+        check_scheme(str(path))
+        parent, _, name = str(path).rstrip("/").rpartition("/")
+        with uploading(parent) as folder:
+            return writers[form](folder / name, _rows(collection), collection)
+    path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return writers[form](path, _rows(collection), collection)
@@ -70,8 +79,14 @@ def import_decisions(collection: Collection, path: Path) -> tuple[int, int]:
     Raises:
         InputError: a line is not a decision on an item of the collection. Nothing is kept then.
     """
-    decisions = read_decisions(path)
-    return len(decisions), collection.decide(decisions)
+    decisions = _numbered(path)
+    ids = set(collection.to_arrow(["id"])["id"].to_pylist())
+    for number, decision in decisions:
+        if decision.id not in ids:
+            raise InputError(
+                f"{path}, line {number}: no item has the id {decision.id!r}. Ids stand in {RESULTS}."
+            )
+    return len(decisions), collection.decide([d for _, d in decisions])
 
 
 def read_decisions(path: Path) -> list[Decision]:
@@ -80,16 +95,22 @@ def read_decisions(path: Path) -> list[Decision]:
     Raises:
         InputError: not readable, or a line is wrong; names the line and the remedy.
     """
+    return [decision for _, decision in _numbered(path)]
+
+
+def _numbered(path: Path) -> list[tuple[int, Decision]]:
+    """Decisions with the numbers of their lines."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     try:
-        lines = path.read_text("utf-8").splitlines()
+        # only \n ends a line: a text may hold other characters that Python takes for one
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}). Name a JSONL file.") from error
     decisions = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                decisions.append(_decision(json.loads(line), now))
+                decisions.append((number, _decision(json.loads(line), now)))
             except ValueError as error:
                 raise InputError(f"{path}, line {number}: {error}") from error
     return decisions

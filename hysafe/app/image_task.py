@@ -21,7 +21,13 @@ from hysafe.data.datamodule import EmbedData
 from hysafe.encoder import Towers
 from hysafe.errors import ConfigError
 
-__all__ = ["ImageTowerTask", "ancestor_cross_entropy", "colour_jitter", "paste_box", "recalibrate_norms"]
+__all__ = [
+    "ImageTowerTask",
+    "ancestor_cross_entropy",
+    "colour_jitter",
+    "paste_box",
+    "recalibrate_norms",
+]
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +46,7 @@ class ImageTowerTask(EncoderTask):
         jitter: strength of changes of brightness, contrast and saturation.
         cutmix: share of steps that paste a box of another picture (Yun et al. 2019).
         train_sizes: [[share of training from which on, side], ...]: smaller pictures first.
+        image_from: folder of an earlier stage whose image tower this one starts from.
         others: as for :class:`EncoderTask`.
     """
 
@@ -52,6 +59,7 @@ class ImageTowerTask(EncoderTask):
         jitter: float = 0.3,
         cutmix: float = 0.0,
         train_sizes: list[list[float]] | None = None,
+        image_from: str | None = None,
         image_tower: str | None = "resnet10t",
         image_size: int = 64,
         dim: int = 128,
@@ -66,6 +74,8 @@ class ImageTowerTask(EncoderTask):
         self.hierarchy_weight, self.label_smoothing = hierarchy_weight, label_smoothing
         self.ema, self.crop, self.jitter, self.cutmix = ema, crop, jitter, cutmix
         self.train_sizes = train_sizes or [[0.0, image_size]]
+        if image_from is not None:
+            self.encoder.towers.take([image_from], "visual")
         self.encoder.requires_grad_(False)
         self.encoder.towers.model.visual.requires_grad_(True)
         self._ancestors = torch.zeros(0)

@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 
 
 def result_line(result: Result) -> str:
-    """Line of ``results.jsonl``."""
-    return json.dumps(result.to_dict(), ensure_ascii=False) + "\n"
+    """Line of ``results.jsonl``: that of :meth:`hysafe.types.Result.to_dict`, without its copies."""
+    return json.dumps(vars(result), default=vars, ensure_ascii=False) + "\n"
 
 
 class Feed:
@@ -68,11 +68,9 @@ class State:
     """What the tables do not say of themselves.
 
     Args:
-        settled: rows of ``items`` when a scan was last done: their content is known to later ones.
         start: place in ``next`` of the first row of the scan that fills it.
     """
 
-    settled: int = 0
     start: int = 0
 
     @classmethod
@@ -80,7 +78,7 @@ class State:
         """The state of a folder; the first one where there is none."""
         try:
             data = json.loads((folder / STATE).read_text("utf-8"))
-            return cls(int(data["settled"]), int(data["start"]))
+            return cls(int(data["start"]))
         except (OSError, ValueError, KeyError, TypeError):
             return cls()
 
@@ -142,7 +140,7 @@ class Output:
 
     @classmethod
     def _next(cls, folder: Path, meta: CollectionMeta) -> Output:
-        replace(State.load(folder), start=0).save(folder)
+        State().save(folder)
         CollectionWriter(folder, meta, name=NEXT)
         return cls(Collection.open(folder, name=NEXT), NEXT)
 
@@ -206,7 +204,7 @@ class Output:
         first, last = self.start, self.start + self.rows
         if self.name == NEXT:
             following = Output(self.collection, NEXT, start=len(self.collection))
-            replace(State.load(self.folder), start=following.start).save(self.folder)
+            State(following.start).save(self.folder)
         else:
             following = Output._next(self.folder, self.collection.meta)
             with (self.folder / LINES[self.name]).open("rb") as source:
@@ -249,7 +247,7 @@ class Output:
             self.close()
             (self.folder / NEXT_RESULTS).replace(self.folder / RESULTS)
             drop_table(self.folder, NEXT)
-        State(settled=self.rows).save(self.folder)
+        State().save(self.folder)
         Collection.open(self.folder).tidy(replaced=self.name == NEXT)
 
     def close(self) -> None:

@@ -32,7 +32,10 @@ from hysafe.score.triage import TriagePolicy, weighted_risk
 from hysafe.taxonomy import Policy, PolicyView, Taxonomy, load_taxonomy
 from hysafe.types import ErrorRecord, Hashes, Item, NodeScore, NoveltyScores, Rating, Result
 
-__all__ = ["Judgement", "SafetyModel", "ScanOptions", "load"]
+__all__ = [
+    *("Channel", "Judgement", "SafetyModel", "ScanOptions", "Scored", "load", "rounded"),
+    "text_pictures",
+]
 
 # A node is listed for an item from this score on.
 LIST_FROM = 0.1
@@ -41,10 +44,19 @@ MAX_WINDOWS = 32
 # Tokens of a window left for the two special tokens and for words that split unevenly.
 WINDOW_SLACK = 8
 DIGITS = 4
+# Above the rounding of a product with 10**DIGITS, as long as that is below 1e9.
+NEAR_HALF = 1e-6
 RANK: dict[Rating, int] = {"safe": 0, "review": 1, "unsafe": 2}
 # A picture whose tower says "picture of text" must have been read to be safe.
 TEXT_PICTURE_NODE = "S.b11"
 TEXT_PICTURE_SHARE = 0.5
+# Ratings with their reasons that no score alone leads to.
+TOO_LONG: tuple[Rating, str] = ("review", "too long to read whole")
+TEXT_READ: tuple[Rating, str] = ("safe", "a picture of text, judged by what it says")
+TEXT_UNREAD: tuple[Rating, str] = ("review", "a picture of text that was not read (OCR is off)")
+NOT_JUDGED = ErrorRecord("InputError", "nothing to judge: no picture, no text")
+# Vectors scored at once: what belongs to them stays in a near cache.
+SCORE_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,27 @@ class Judgement:
     def text(self) -> str:
         """The text that was judged (given or read), "" for none."""
         return self.row.item.text or self.row.item.read_text
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the model says of n vectors of one channel.
+
+    Attributes:
+        margins, nodes: [n, N]. p_unsafe, risk, over, radius: [n]. top: best active category of
+            each, as an index of nodes; -1 where the policy leaves none.
+        policy, distribution: p-values [n] of novelty, rounded; None without a calibration.
+    """
+
+    margins: np.ndarray
+    nodes: np.ndarray
+    p_unsafe: np.ndarray
+    risk: np.ndarray
+    over: np.ndarray
+    radius: np.ndarray
+    top: np.ndarray
+    policy: np.ndarray | None
+    distribution: np.ndarray | None
 
 
 @dataclass
@@ -408,7 +441,11 @@ class SafetyModel:
         table, _ = self.place(view)
         channels = self.score_encoded(items, view)
         hashes = (reading, view.taxonomy.hash, view.policy.hash)
-        return [self._join(i, item, channels, table, reads, hashes) for i, item in enumerate(items)]
+        kept = table.leaves[table.risk | table.inactive].numpy()
+        return [
+            self._join(i, item, channels, table, kept, reads, hashes)
+            for i, item in enumerate(items)
+        ]
 
     def score_encoded(self, items: Sequence[EncodedItem], view: PolicyView) -> dict[str, Channel]:
         """What each channel says of encoded items; of a long text the riskiest window speaks."""
@@ -444,33 +481,54 @@ class SafetyModel:
             offset=fit.offset, temperature=fit.temperature,
         )  # fmt: skip
 
-    def _channel(self, name: str, vectors: np.ndarray, view: PolicyView) -> Channel:
+    def score_vectors(self, name: str, vectors: np.ndarray, view: PolicyView) -> Scored:
+        """What the model says of stored vectors [n, D] of a channel, in float64."""
         table, apexes = self.place(view)
-        tangents = torch.from_numpy(np.ascontiguousarray(vectors)).double()
-        points = Points.from_tangent(tangents, apexes.c, apexes.geometry)
-        margins, scores = self._scores(points, view, name)
         fit = self.calibration.channel(name)
-        risk, over = weighted_risk(scores, table)
+        n, nodes = len(vectors), len(table.ids)
+        margins, scores = torch.empty(2, n, nodes, dtype=torch.double)
+        told = torch.empty(5, n, dtype=torch.double)
+        over, top = torch.empty(n, dtype=torch.bool), torch.full((n,), -1)
+        p_unsafe, risk, radius, energy, unheld = told
+        categories = table.leaves[table.risk]
+        for start in range(0, n, SCORE_ROWS):
+            part = slice(start, start + SCORE_ROWS)
+            tangents = torch.from_numpy(np.ascontiguousarray(vectors[part])).double()
+            points = Points.from_tangent(tangents, apexes.c, apexes.geometry)
+            margins[part], found = self._scores(points, view, name)
+            scores[part], p_unsafe[part] = found.nodes, found.p_unsafe
+            energy[part], unheld[part] = found.energy, found.policy_evidence
+            risk[part], over[part] = weighted_risk(found, table)
+            radius[part] = points.radius()
+            if len(categories):
+                top[part] = categories[found.nodes[:, categories].argmax(-1)]
+        policy = distribution = None
         if fit.distribution and fit.policy:
-            distribution = conformal_p_values(scores.energy, fit.distribution, fit.n).tolist()
-            unheld = conformal_p_values(scores.policy_evidence, fit.policy, fit.n).tolist()
-            novelty = [
-                NoveltyScores(_rounded(a), _rounded(b))
-                for a, b in zip(unheld, distribution, strict=True)
-            ]
-        else:
-            novelty = [NoveltyScores(None, None)] * len(vectors)
+            policy = rounded(conformal_p_values(unheld, fit.policy, fit.n).numpy())
+            distribution = rounded(conformal_p_values(energy, fit.distribution, fit.n).numpy())
+        return Scored(
+            margins.numpy(), scores.numpy(), p_unsafe.numpy(), risk.numpy(), over.numpy(),
+            radius.numpy(), top.numpy(), policy, distribution,
+        )  # fmt: skip
+
+    def _channel(self, name: str, vectors: np.ndarray, view: PolicyView) -> Channel:
+        table, _ = self.place(view)
+        said = self.score_vectors(name, vectors, view)
+        novelty = [NoveltyScores(None, None)] * len(vectors)
+        if said.policy is not None and said.distribution is not None:
+            pairs = zip(said.policy.tolist(), said.distribution.tolist(), strict=True)
+            novelty = [NoveltyScores(a, b) for a, b in pairs]
         return Channel(
             {},
             vectors,
-            margins.numpy(),
-            scores.nodes.numpy(),
-            scores.p_unsafe.tolist(),
-            risk.tolist(),
-            over.tolist(),
+            said.margins,
+            said.nodes,
+            said.p_unsafe.tolist(),
+            said.risk.tolist(),
+            said.over.tolist(),
             novelty,
-            points.radius().tolist(),
-            _top_categories(scores.nodes, table),
+            said.radius.tolist(),
+            [None if i < 0 else table.ids[i] for i in said.top.tolist()],
         )
 
     def _join(
@@ -479,14 +537,16 @@ class SafetyModel:
         item: EncodedItem,
         channels: dict[str, Channel],
         table: NodeTable,
+        kept: np.ndarray,
         reads: bool,
         hashes: tuple[str, str, str],
     ) -> Judgement:
-        """The riskier channel counts; the report says which one spoke."""
+        """The riskier channel counts; the report says which one spoke. `kept`: indices of the
+        nodes whose scores are stored."""
         spoken = {name: c.at[row] for name, c in channels.items() if row in c.at}
         stamp = Hashes(item.content_hash, *hashes)
         if not spoken:
-            error = item.error or ErrorRecord("InputError", "nothing to judge: no picture, no text")
+            error = item.error or NOT_JUDGED
             result = Result(item.id, item.source, item.modality, "review", None, (),
                             NoveltyScores(None, None), None, {}, error, stamp)  # fmt: skip
             return Judgement(Row(item, result))
@@ -498,7 +558,7 @@ class SafetyModel:
                 channel.risk[k], channel.over[k], channel.novelty[k].distribution
             )
             if rating == "safe" and name in item.cut:
-                rating, reason = "review", "too long to read whole"
+                rating, reason = TOO_LONG
             if name == "image" and rating != "unsafe":
                 rating, reason = self._text_picture(
                     rating, reason, channel, k, table, reads, item.read_text
@@ -529,9 +589,8 @@ class SafetyModel:
             item.error, stamp,
         )  # fmt: skip
         vectors = {n: channels[n].vectors[i] for n, i in spoken.items()}
-        categories = table.leaves[table.risk | table.inactive].numpy()
         return Judgement(
-            Row(item, result, vectors[main], vectors[other] if other else None, nodes[categories])
+            Row(item, result, vectors[main], vectors[other] if other else None, nodes[kept])
         )
 
     def _text_picture(
@@ -540,18 +599,12 @@ class SafetyModel:
     ) -> tuple[Rating, str]:  # fmt: skip
         """The picture channel alone cannot clear a picture of text, and need not suspect one that
         was read."""
-        if TEXT_PICTURE_NODE not in table.leaf_ids:
-            return rating, reason
-        position = table.leaf_ids.index(TEXT_PICTURE_NODE)
-        logits = channel.margins[k, table.leaves.numpy()] * self.encoder.cone_scale_value
-        share = np.exp(logits[position] - logits.max()) / np.exp(logits - logits.max()).sum()
-        if share < TEXT_PICTURE_SHARE:
+        scale = self.encoder.cone_scale_value
+        if not text_pictures(channel.margins[k : k + 1], table, scale)[0]:
             return rating, reason
         if written:
-            return "safe", "a picture of text, judged by what it says"
-        if not reads:
-            return "review", "a picture of text that was not read (OCR is off)"
-        return rating, reason
+            return TEXT_READ
+        return (rating, reason) if reads else TEXT_UNREAD
 
     # ------------------------------------------------------------ collections
 
@@ -716,13 +769,28 @@ def _windows(text: str, tokens: int, limit: int) -> tuple[list[str], bool]:
     return parts[:MAX_WINDOWS], len(parts) > MAX_WINDOWS
 
 
-def _top_categories(scores: Tensor, table: NodeTable) -> list[str | None]:
-    """Best active category of each row; None where the policy leaves none."""
-    categories = table.leaves[table.risk]
-    if not len(categories):
-        return [None] * len(scores)
-    best = categories[scores[:, categories].argmax(-1)]
-    return [table.ids[i] for i in best.tolist()]
+def text_pictures(margins: np.ndarray, table: NodeTable, scale: float) -> np.ndarray:
+    """Whether the picture channel sees a picture of text: bool [n] from its margins [n, N]."""
+    seen = np.zeros(len(margins), dtype=bool)
+    if TEXT_PICTURE_NODE not in table.leaf_ids:
+        return seen
+    leaves = margins[:, table.leaves.numpy()]
+    position = table.leaf_ids.index(TEXT_PICTURE_NODE)
+    peak = leaves.max(-1)
+    rows = np.flatnonzero(~(leaves[:, position] < peak))  # no other has half of it all
+    weight = np.exp((leaves[rows] - peak[rows, None]) * scale)
+    seen[rows] = ~(weight[:, position] / weight.sum(-1) < TEXT_PICTURE_SHARE)
+    return seen
+
+
+def rounded(values: np.ndarray) -> np.ndarray:
+    """``round(value, DIGITS)`` of each value."""
+    scaled = np.asarray(values, dtype=np.float64) * 10**DIGITS
+    result: np.ndarray = np.rint(scaled) / 10**DIGITS
+    halves = np.abs(scaled - np.floor(scaled) - 0.5) < NEAR_HALF
+    for i in np.flatnonzero(halves).tolist():  # the product hides on which side these lie
+        result[i] = round(float(values[i]), DIGITS)
+    return result
 
 
 def _highest(rows: list[np.ndarray]) -> np.ndarray:

@@ -15,7 +15,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -67,6 +67,7 @@ class ReportData:
         c: curvature magnitude. geometry: ``lorentz`` or ``euclidean``.
         taxonomy: of the policy view. active: ids of the nodes that count as risk under it.
         title, model, policy: names for the header.
+        decisions: item id -> what a person decided on it, in words.
     """
 
     results: Sequence[dict[str, Any]]
@@ -82,6 +83,7 @@ class ReportData:
     title: str
     model: str
     policy: str
+    decisions: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_report(path: Path, data: ReportData, *, max_items: int = 3000) -> None:
@@ -478,7 +480,7 @@ def _item(
         "text": _cut(text, MAX_TEXT),
         "read": _cut(read, MAX_READ),
         "thumb": _picture(data, result, nodes),
-        "why": _why(result, paths),
+        "why": " ".join(filter(None, (_decided(data, result), _why(result, paths)))),
         "channel": _channel_words(result["channels"], nodes),
         "novelty": _novelty_words(result),
         "novel": _number(result["novelty"]["policy"]),
@@ -541,6 +543,11 @@ def _telling_paths(paths: Sequence[Mapping[str, Any]], nodes: _Nodes) -> list[Ma
 
 
 # ---------------------------------------------------------------- reasons in words
+
+
+def _decided(data: ReportData, result: Mapping[str, Any]) -> str:
+    words = _cut(data.decisions.get(result["id"], "").strip(), MAX_MESSAGE)
+    return words if not words or words.endswith((".", "!", "?", "…")) else f"{words}."
 
 
 def _why(result: Mapping[str, Any], paths: Sequence[Mapping[str, Any]]) -> str:

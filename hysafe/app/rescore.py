@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,18 @@ from hysafe.app.scan import (
     collection_meta,
     report_scan,
     result_line,
+    result_of_line,
 )
-from hysafe.app.search import decision_words
-from hysafe.app.stored import judge_items, read_media
-from hysafe.errors import InputError
-from hysafe.index import Collection, CollectionWriter, Decision, EncodedItem, Row
+from hysafe.app.stored import judge_items, read_media, view_of
+from hysafe.errors import CollectionError, InputError
+from hysafe.index import Collection, CollectionMeta, CollectionWriter, Decision, EncodedItem, Row
 from hysafe.taxonomy import Policy, PolicyView, Taxonomy
 from hysafe.types import Result
 
-__all__ = ["Change", "Diff", "RescoreSummary", "diff_json", "rescore", "write_diff"]
+__all__ = [
+    *("Change", "Diff", "RescoreSummary", "diff_json", "policy_names", "report_stored"),
+    *("rescore", "write_diff"),
+]
 
 # Changes of a kind that are kept with their items, to be shown.
 EXAMPLES = 60
@@ -42,6 +46,7 @@ class Change:
         item: the stored item. result: its new judgement. before: the old rating.
         node_before: node that came first before, or None.
         decision: of a person on the item, if there is one.
+        line: its old line of results.jsonl; "" where there is none.
     """
 
     item: EncodedItem
@@ -49,11 +54,28 @@ class Change:
     before: str
     node_before: str | None
     decision: Decision | None = None
+    line: str = ""
 
     @property
     def node(self) -> str | None:
         """Node that comes first now."""
         return self.result.paths[0].node if self.result.paths else None
+
+    @property
+    def score(self) -> float | None:
+        """Its score."""
+        return self.result.paths[0].score if self.result.paths else None
+
+    @property
+    def score_before(self) -> float | None:
+        """Score of the node that came first before, as the old results give it."""
+        try:
+            old = json.loads(self.line)
+            first = old["paths"][0]
+        except (ValueError, KeyError, IndexError, TypeError):
+            return None
+        same = (old["id"], first["node"]) == (self.result.id, self.node_before)
+        return float(first["score"]) if same else None
 
 
 @dataclass
@@ -183,7 +205,8 @@ def _rescore(
                     lines.write(result_line(row.result))
                     summary.scan.count(row.result)
                     decision = decisions.get(row.item.id)
-                    summary.diff.add(Change(row.item, row.result, *next(old), decision))
+                    rating, node, line = next(old)
+                    summary.diff.add(Change(row.item, row.result, rating, node, decision, line))
                     if report and room.wants(row.result):
                         room.add(row.result, row.item.text or row.item.read_text, None)
                         shown.append((row.item, row.result))
@@ -201,30 +224,86 @@ def _rescore(
         Collection.open(target).decide(collection.all_decisions())
     summary.encoded = bool(getattr(model.encoder, "towers_loaded", True))
     if report:
-        media = read_media(item for item, result in shown if result.p_unsafe is not None)
-        whole = Shown()
-        for item, result in shown:
-            seen = media.get(item.id)
-            whole.add(result, item.text or item.read_text, seen.image if seen else None)
-        report_scan(target, model, view, whole, "")
+        _report(target, model, view, shown)
     else:  # one of the old ratings would contradict the new ones
         (target / REPORT).unlink(missing_ok=True)
     return summary
 
 
-def _old_ratings(collection: Collection) -> Iterator[tuple[str, str | None]]:
-    for batch in collection.batches(["rating", "node"]):
-        yield from zip(batch["rating"].to_pylist(), batch["node"].to_pylist(), strict=True)
+def report_stored(collection: Collection, model: SafetyModel) -> None:
+    """Write report.html again from what is stored, with the decisions of now.
+
+    Pictures and texts are those whose sources are still there.
+
+    Raises:
+        CollectionError: another model or taxonomy, or results.jsonl is not that of the table.
+    """
+    collection.check_model(model.hash)
+    view = view_of(collection, model, None)
+    shown: list[tuple[EncodedItem, Result]] = []
+    room = Shown()
+    try:
+        stored = (collection.folder / RESULTS).open(encoding="utf-8")
+    except OSError as error:
+        raise CollectionError(
+            f"{collection.folder}: no {RESULTS} ({error.strerror}). Write it again: hysafe rescore."
+        ) from error
+    with stored as lines:
+        for item in (item for items in collection.items() for item in items):
+            line = next(lines, "")
+            result = result_of_line(json.loads(line)) if line else None
+            if result is None or result.id != item.id:
+                raise CollectionError(
+                    f"{collection.folder}: {RESULTS} is not that of the table. Write both again: "
+                    "hysafe rescore."
+                )
+            if room.wants(result):
+                room.add(result, "", None)
+                shown.append((item, result))
+    _report(collection.folder, model, view, shown)
 
 
-def write_diff(
-    path: Path, diff: Diff, collection: Collection, taxonomy: Taxonomy, policy: str
+def _report(
+    target: Path, model: SafetyModel, view: PolicyView, shown: list[tuple[EncodedItem, Result]]
 ) -> None:
+    """Write report.html, with the pictures and texts whose sources are still there."""
+    media = read_media(item for item, result in shown if result.p_unsafe is not None)
+    whole = Shown()
+    for item, result in shown:
+        seen = media.get(item.id)
+        whole.add(result, item.text or item.read_text, seen.image if seen else None)
+    report_scan(target, model, view, whole, "")
+
+
+def _old_ratings(collection: Collection) -> Iterator[tuple[str, str | None, str]]:
+    """Old rating, first node and line of results.jsonl of each item."""
+    with ExitStack() as stack:
+        lines: Iterator[str] = iter(())
+        with suppress(OSError):  # a collection without its lines is judged all the same
+            opened = (collection.folder / RESULTS).open(encoding="utf-8", errors="replace")
+            lines = stack.enter_context(opened)
+        for batch in collection.batches(["rating", "node"]):
+            for rating, node in zip(
+                batch["rating"].to_pylist(), batch["node"].to_pylist(), strict=True
+            ):
+                yield rating, node, next(lines, "")
+
+
+def policy_names(before: CollectionMeta, now: Policy) -> tuple[str, str]:
+    """Names of the two policies, with their hashes where one name stands for two policies."""
+    if before.policy_name != now.name or before.policy == now.hash:
+        return before.policy_name, now.name
+    return f"{now.name} {before.policy[:8]}", f"{now.name} {now.hash[:8]}"
+
+
+def write_diff(path: Path, diff: Diff, collection: Collection, view: PolicyView) -> None:
     """Write what changed as a page with pictures.
 
     Args:
-        taxonomy: of the new view. policy: name of the new policy.
+        collection: as it was. view: the new policy applied.
     """
+    taxonomy = view.taxonomy
+    before, now = policy_names(collection.meta, view.policy)
     changes = [c for kept in diff.examples.values() for c in kept]
     media = read_media(c.item for c in changes)
     counts = diff.counts()
@@ -238,8 +317,9 @@ def write_diff(
             text=change.item.text or change.item.read_text,
             image=seen.image if seen else None,
             lines=[
-                f"{_node(change.node_before, taxonomy)} → {_node(change.node, taxonomy)}",
-                *([decision_words(change.decision)] if change.decision else []),
+                f"{_node(change.node_before, change.score_before, taxonomy)} → "
+                f"{_node(change.node, change.score, taxonomy)}",
+                *([change.decision.words] if change.decision else []),
             ],
         )
 
@@ -251,8 +331,8 @@ def write_diff(
     facts = {
         "Collection": str(collection.folder),
         "Items": f"{sum(diff.ratings.values()):,}",
-        "Policy before": collection.meta.policy_name,
-        "Policy now": policy,
+        "Policy before": before,
+        "Policy now": now,
     }
     write_gallery(path, "What the new policy changes", facts, sections)
 
@@ -266,7 +346,9 @@ def diff_line(change: Change, kind: str) -> dict[str, Any]:
         "rating_before": change.before,
         "rating": change.result.rating,
         "node_before": change.node_before,
+        "score_before": change.score_before,
         "node": change.node,
+        "score": change.score,
     }
     if change.decision is not None:
         line["decision"] = change.decision.rating
@@ -276,11 +358,12 @@ def diff_line(change: Change, kind: str) -> dict[str, Any]:
 def diff_json(diff: Diff) -> str:
     """Counts, then the examples, as JSON lines."""
     lines: list[Mapping[str, Any]] = [{"counts": diff.counts()}]
-    lines += [diff_line(c, kind) for kind, kept in diff.examples.items() for c in kept]
+    lines += [diff_line(c, kind) for kind in diff.counts() for c in diff.examples.get(kind, ())]
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def _node(node: str | None, taxonomy: Taxonomy) -> str:
+def _node(node: str | None, score: float | None, taxonomy: Taxonomy) -> str:
     if node is None:
         return "no node"
-    return f"{node} {taxonomy[node].name}" if node in taxonomy else node
+    name = f"{node} {taxonomy[node].name}" if node in taxonomy else node
+    return name if score is None else f"{name} {score:.2f}"

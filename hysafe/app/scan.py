@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from hysafe.app.known import Known, Stored
+from hysafe.app.known import KEY_DIGITS, Known, Stored
 from hysafe.app.lock import lock
-from hysafe.app.output import RESULTS, Feed, Output, State, result_line, writing
+from hysafe.app.output import RESULTS, Feed, Output, result_line, writing
 from hysafe.app.pipeline import Judgement, SafetyModel, ScanOptions
 from hysafe.app.report import ReportData, write_report
 from hysafe.data.images import thumbnail
 from hysafe.data.inputs import InputReader
 from hysafe.errors import CollectionError, InputError
-from hysafe.index import CollectionMeta
+from hysafe.index import CollectionMeta, EncodedItem
 from hysafe.index.collection import TABLE, Collection, matrix
 from hysafe.taxonomy import Policy, PolicyView
 from hysafe.types import ErrorRecord, Hashes, Item, NodeScore, NoveltyScores, Result
@@ -30,12 +30,15 @@ __all__ = [
     *("REPORT", "ScanSummary", "Shown", "add", "collection_meta", "report_scan", "scan"),
     "RESULTS",
     "result_line",
+    "result_of_line",
 ]
 
 REPORT = "report.html"
 # Items the report shows with their picture and text: those to be looked at, and some safe ones.
 SHOWN, SHOWN_SAFE = 3000, 600
 TEXT_SHOWN = 600
+# Contents of this scan that are remembered whole, to find copies; of those before a key is kept.
+REMEMBERED = 65536
 # A slow scan writes at least this often, in seconds, so that little is done again after an end.
 COMMIT_SECONDS = 10.0
 
@@ -48,7 +51,8 @@ class ScanSummary:
 
     Attributes:
         items: number of rows. ratings, nodes, errors: counts. skipped: files that were neither
-        pictures nor texts. known: rows that stood there, or were encoded before.
+        pictures nor texts. known: rows that stood there, or whose content was encoded
+        before, for an earlier scan or an earlier row.
         out: folder with the three outputs.
     """
 
@@ -90,7 +94,7 @@ def scan(
 
     Afterwards the outputs are those of a first scan of the paths, whatever stood in `out` before: a
     scan that was killed goes on where it stood, and what a scan with the same model encoded before
-    is not encoded again.
+    is not encoded again. Items of the same content are encoded once and have a row each.
 
     Args:
         paths: pictures, folders, Parquet, JSONL, text files, or ``-``.
@@ -133,18 +137,18 @@ def scan(
         try:
             items = Feed(reader)
             for item, line in output.match(items, retry=retry):
-                result = _result(line)
+                result = result_of_line(line)
                 count(result, item.text or _read_text(result), item.image)
             summary.known = output.rows
             with writing(out):
                 if output.left:
                     output = output.restart()
                 output.cut()
-            known = Known(() if fresh else _tables(output, meta), retry=retry)
-            judged = model.judge(
-                items, policy=policy, ocr=ocr, options=options, known=known if len(known) else None
-            )
+            known = _Seen([] if fresh else _tables(output, meta), output, retry=retry)
+            judged = model.judge(items, policy=policy, ocr=ocr, options=options, known=known)
             for batch in _commits(judged, options):
+                with writing(out):
+                    batch = known.fill(batch, model, view)
                 for j in batch:
                     count(j.result, j.text, j.image)
                 with writing(out):
@@ -180,11 +184,7 @@ def _commits(judged: Iterable[Judgement], options: ScanOptions) -> Iterator[list
 
 
 def _tables(output: Output, meta: CollectionMeta) -> list[Stored]:
-    """What later items may be known from.
-
-    A scan that goes on knows what it knew when it began, not what it has added since, so that an
-    end in between changes nothing.
-    """
+    """What items may be known from."""
     tables = []
     for name in dict.fromkeys((TABLE, output.name)):
         try:
@@ -192,9 +192,78 @@ def _tables(output: Output, meta: CollectionMeta) -> list[Stored]:
         except CollectionError:
             continue
         if (stored.meta.model, stored.meta.reading) == (meta.model, meta.reading):
-            settled = State.load(output.folder).settled if output.name == TABLE else None
-            tables.append(Stored(stored, settled))
+            tables.append(Stored(stored))
     return tables
+
+
+class _Seen(Known):
+    """What is known from tables, and the copies among the items of this scan.
+
+    A copy whose first item is not encoded yet passes through the batches as an item without points;
+    :meth:`fill` judges it when the first one is there. It takes its place in a batch either way, so
+    that a scan that goes on makes the batches that it would have made.
+    """
+
+    def __init__(self, tables: Sequence[Stored], output: Output, *, retry: bool) -> None:
+        super().__init__(tables, retry=retry)
+        self._output = output
+        self._tables.append(output.collection)
+        self._next = output.start + output.rows
+        self._recent: dict[str, int] = {}  # content hash -> place of its first item
+        self._first: dict[str, int] = {}  # id of a copy -> the same
+
+    def find(self, items: Sequence[Item]) -> dict[str, EncodedItem]:
+        """As in :class:`Known`; copies of items of this scan come without points."""
+        known = super().find(items)
+        for item in items:
+            if item.content_hash and item.error is None and item.id not in known:
+                first = self._recent.setdefault(item.content_hash, self._next)
+                if first != self._next:
+                    self._first[item.id] = first
+                    known[item.id] = EncodedItem(
+                        item.id, item.source, item.modality, item.content_hash, {},
+                        text=item.text or "",
+                    )  # fmt: skip
+            self._next += 1
+        return known
+
+    def fill(
+        self, portion: list[Judgement], model: SafetyModel, view: PolicyView
+    ) -> list[Judgement]:
+        """A portion about to be written, with its copies judged like their first items."""
+        start, meta = self._output.start + self._output.rows, self._output.collection.meta
+        if len(self._recent) >= REMEMBERED:
+            self._forget(start)
+        firsts = {k: self._first.pop(j.row.item.id, -1) for k, j in enumerate(portion)}
+        copies = {k: place for k, place in firsts.items() if place >= 0}
+        if not copies:
+            return portion
+        written = [place for place in copies.values() if place < start]
+        rows = dict(zip(written, self._output.collection.take(written), strict=True))
+        encoded = []
+        for k, place in copies.items():
+            item = portion[k].row.item
+            first = rows[place] if place < start else portion[place - start].row.item
+            encoded.append(
+                replace(item, points=first.points, cut=first.cut, read_text=first.read_text,
+                        error=first.error)
+            )  # fmt: skip
+        judged = model.judge_encoded(encoded, view, reading=meta.reading, reads=meta.reads)
+        for k, j in zip(copies, judged, strict=True):
+            portion[k] = replace(j, image=portion[k].image)
+        self.found += len(copies)
+        return portion
+
+    def _forget(self, written: int) -> None:
+        """Keep of items that are written what finds them in the table, and no more."""
+        old = {h: place for h, place in self._recent.items() if place < written}
+        self._recent = {h: place for h, place in self._recent.items() if h not in old}
+        keys = np.array([int(h[:KEY_DIGITS], 16) for h in old], np.uint64)
+        order = np.argsort(keys)
+        at = np.searchsorted(self._keys, keys[order])
+        self._keys = np.insert(self._keys, at, keys[order])
+        self._places = np.insert(self._places, at, np.array(list(old.values()), np.int64)[order])
+        self._owners = np.insert(self._owners, at, len(self._tables) - 1)
 
 
 def add(
@@ -285,7 +354,11 @@ class Shown:
 
     def wants(self, result: Result) -> bool:
         """Whether there is room for an item of this rating."""
-        return self._safe < SHOWN_SAFE if result.rating == "safe" else self._risky < SHOWN
+        return self.room(safe=result.rating == "safe") > 0
+
+    def room(self, *, safe: bool) -> int:
+        """How many more items there is room for."""
+        return SHOWN_SAFE - self._safe if safe else SHOWN - self._risky
 
     def add(self, result: Result, text: str, image: bytes | None) -> None:
         """Keep an item's text and picture, while there is room."""
@@ -302,7 +375,7 @@ class Shown:
                 log.debug("%s: no thumbnail: %s", result.id, error)
 
 
-def _result(line: dict[str, Any]) -> Result:
+def result_of_line(line: dict[str, Any]) -> Result:
     """The result that a line of ``results.jsonl`` was written from."""
     error = line["error"]
     return Result(
@@ -356,7 +429,8 @@ def report_scan(out: Path, model: SafetyModel, view: PolicyView, shown: Shown, t
     table, apexes = model.place(view)
     with (out / RESULTS).open(encoding="utf-8") as lines:
         results = [json.loads(line) for line in lines]
-    rows = Collection.open(out).to_arrow(["id", "vector", "text_vector"])
+    collection = Collection.open(out)
+    rows = collection.to_arrow(["id", "vector", "text_vector"])
     vectors = matrix(rows["vector"], apexes.space.shape[1])
     texts = matrix(rows["text_vector"], apexes.space.shape[1])
     if rows["id"].to_pylist() != [r["id"] for r in results]:
@@ -383,5 +457,6 @@ def report_scan(out: Path, model: SafetyModel, view: PolicyView, shown: Shown, t
             title=title or out.name,
             model=model.name,
             policy=view.policy.name,
+            decisions={k: d.words for k, d in collection.decisions().items()},
         ),
     )

@@ -11,20 +11,19 @@ from typing import Any
 import numpy as np
 
 from hysafe.app.gallery import card_of, write_gallery
-from hysafe.app.pipeline import SafetyModel
+from hysafe.app.pipeline import LIST_FROM, SafetyModel
 from hysafe.app.stored import judge_items, read_media, view_of
 from hysafe.data.images import decode
-from hysafe.errors import CollectionError, ConfigError, InputError
+from hysafe.errors import ConfigError, InputError
 from hysafe.geometry import Points
 from hysafe.index import Collection, Decision, EncodedItem
-from hysafe.index.search import Hit, nearest_of
+from hysafe.index.search import Hit
 from hysafe.taxonomy import Policy, PolicyView
 from hysafe.types import Result
 
 __all__ = [
     *(
         "Found",
-        "decision_words",
         "encode_query",
         "rank_by_node",
         "search",
@@ -35,6 +34,8 @@ __all__ = [
 ]
 
 DIGITS = 6
+# Items where nobody says how many.
+MOST_FOUND = 50
 CHANNEL_WORDS = {"image": "picture", "text": "text", "ocr": "read text"}
 
 
@@ -68,7 +69,7 @@ def search(
     node: str | None = None,
     policy: Policy | None = None,
     where: str | None = None,
-    k: int = 50,
+    k: int | None = None,
     approximate: bool | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> list[Found]:
@@ -79,6 +80,8 @@ def search(
         like: id of an item of the collection. node: id of a node.
         policy: ratings (and node scores) are under it; by default the collection's own.
         where: SQL filter over the columns of the table, as stored.
+        k: by default 50; by node then only those whose score is at least 0.1, from which on a
+            result lists a node.
         approximate: read only the part of the index nearest to the query; by default above two
             million points, if the collection has such an index.
         progress: called with the share done where an approximate index has to be made first.
@@ -88,22 +91,27 @@ def search(
     """
     if sum(q is not None for q in (text, image, like, node)) != 1:
         raise ConfigError("search: give one of a text, --image, --like and --node.")
+    least = LIST_FROM if k is None else 0.0
+    k = MOST_FOUND if k is None else k
     if k < 1:
         raise ConfigError(f"search: k is {k}. Ask for at least 1 item.")
     collection.check_model(model.hash)
     view = view_of(collection, model, policy)
     if node is not None:
-        ranked = rank_by_node(collection, model, view, node, where=where, k=k)
+        ranked = rank_by_node(collection, model, view, node, where=where, k=k, least=least)
         hits = [Hit(row, float("nan"), channel) for row, _, channel in ranked]
         scores: Sequence[float | None] = [score for _, score, _ in ranked]
     else:
-        query = None if like is not None else encode_query(model, text=text, image=image)
-        if collection.index.ready(collection, approximate, progress=progress):
-            hits = _approximate(collection, query, like, where=where, k=k)
-        elif query is None:
-            hits = collection.like(str(like), k=k, where=where)
+        if like is not None:
+            hits = collection.like(
+                like, k=k, where=where, approximate=approximate, progress=progress
+            )
         else:
-            (hits,) = collection.search(query, model=model.hash, k=k, where=where)
+            query = encode_query(model, text=text, image=image)
+            (hits,) = collection.search(
+                query, model=model.hash, k=k, where=where, approximate=approximate,
+                progress=progress,
+            )  # fmt: skip
         scores = [None] * len(hits)
     items = collection.take([h.row for h in hits])
     judged = judge_items(collection, model, view, items)
@@ -115,26 +123,6 @@ def search(
         )
         for item, j, hit, score in zip(items, judged, hits, scores, strict=True)
     ]  # fmt: skip
-
-
-def _approximate(
-    collection: Collection, query: Points | None, like: str | None, *, where: str | None, k: int
-) -> list[Hit]:
-    """The items near to a query, or to the points of the item `like`, which is left out."""
-    rows = None if where is None else collection.places(where)
-    if query is not None:
-        (hits,) = collection.index.search(query, k, rows=rows, approximate=True)
-        return hits
-    place = collection.place_of(str(like))
-    (item,) = collection.take([place])
-    if not item.points:
-        raise CollectionError(
-            f"{like}: the item could not be read, so it has no point. Take another one."
-        )
-    query = collection.points(np.concatenate(list(item.points.values())))
-    found = collection.index.search(query, k + 1, rows=rows, approximate=True)
-    near = nearest_of(found, k + 1)  # one more, for the item finds itself
-    return [hit for hit in near if hit.row != place][:k]
 
 
 def encode_query(
@@ -167,8 +155,10 @@ def rank_by_node(
     *,
     where: str | None = None,
     k: int = 50,
+    least: float = 0.0,
 ) -> list[tuple[int, float, str]]:
-    """Rows with the highest scores of a node: (row, score, channel), best first; none with 0.
+    """Rows with the highest scores of a node: (row, score, channel), best first; none with 0, and
+    none below `least`.
 
     Raises:
         ConfigError: the policy does not score the node.
@@ -199,7 +189,7 @@ def rank_by_node(
                     scores[i], channel[i] = score, name
         rows = [
             (-float(scores[i]), start + i, channel[i])
-            for i in np.flatnonzero(scores).tolist()
+            for i in np.flatnonzero((scores > 0) & (scores >= least)).tolist()
             if allowed is None or start + i in allowed
         ]
         best = sorted(best + rows)[:k]
@@ -235,12 +225,6 @@ def search_line(found: Found, rank: int) -> dict[str, Any]:
     return line
 
 
-def decision_words(decision: Decision) -> str:
-    """A decision as a line to show."""
-    why = f": {decision.reason}" if decision.reason else ""
-    return f"{decision.author} decided {decision.rating}, {decision.time}{why}"
-
-
 def write_found(
     path: Path, title: str, found: Sequence[Found], view: PolicyView, collection: Collection
 ) -> None:
@@ -259,7 +243,7 @@ def write_found(
                 image=seen.image if seen else None,
                 lines=[
                     *([f"p(unsafe) {f.result.p_unsafe}"] if f.result.p_unsafe is not None else []),
-                    *([decision_words(f.decision)] if f.decision else []),
+                    *([f.decision.words] if f.decision else []),
                 ],
             )
         )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,6 +28,7 @@ from hysafe.loss import (
     node_cones,
     preset_loss,
     prototype_cross_entropy,
+    prototype_retrieval,
 )
 from hysafe.taxonomy import load_taxonomy
 
@@ -164,6 +169,7 @@ class TaxonomyTask(EncoderTask):
     Args:
         weights: of the taxonomy terms.
         image_weight: of picture-to-class-text cross entropy.
+        retrieval_weight: of the other direction, class text to the pictures of the batch.
         classifier_weight: of an auxiliary softmax classifier on the picture features, dropped
             after training: early on, distances to text points give the tower a weak gradient.
         image_leaf_weight: of the taxonomy terms for pictures.
@@ -190,6 +196,8 @@ class TaxonomyTask(EncoderTask):
             between the head moves and the tower's phrase features stand still.
         monitor_every: steps between the geometry monitors.
         augment: crops and flips. crop: least share of the area that a crop keeps.
+        feature_cache: folder where features of towers that stand still are kept for other trainings
+            on the same towers and data (the control, a sweep of losses).
     """
 
     _node_features: Tensor
@@ -200,6 +208,7 @@ class TaxonomyTask(EncoderTask):
         self,
         weights: TaxonomyWeights = TaxonomyWeights(),  # noqa: B008 - frozen
         image_weight: float = 1.0,
+        retrieval_weight: float = 0.0,
         image_leaf_weight: float = 0.3,
         classifier_weight: float = 1.0,
         class_entail: float = 0.1,
@@ -216,6 +225,7 @@ class TaxonomyTask(EncoderTask):
         freeze_image: bool = False,
         freeze_text: bool = False,
         image_views: int = 2,
+        feature_cache: str | None = None,
         train_sizes: list[list[float]] = [[0.0, 64]],  # noqa: B006 - read only
         refresh_every: int = 400,
         monitor_every: int = 200,
@@ -243,6 +253,7 @@ class TaxonomyTask(EncoderTask):
             lora_lr, weight_decay, warmup, text_layers, text_lr, node_offsets, context_length,
         )  # fmt: skip
         self.weights, self.image_weight = weights, image_weight
+        self.retrieval_weight = retrieval_weight
         self.image_leaf_weight, self.class_entail = image_leaf_weight, class_entail
         self.concept_weight, self.label_smoothing = concept_weight, label_smoothing
         self.leaf_smoothing = leaf_smoothing
@@ -260,6 +271,7 @@ class TaxonomyTask(EncoderTask):
             folders = [text_from] if isinstance(text_from, str) else text_from
             self.encoder.towers.take(folders, "text")
         self.freeze_image, self.image_views = freeze_image, image_views
+        self.feature_cache = feature_cache
         if freeze_image:
             self.encoder.towers.model.visual.requires_grad_(False)
         if freeze_text:
@@ -342,21 +354,51 @@ class TaxonomyTask(EncoderTask):
         data, encoder = self._data(), self.encoder
         self.refresh()
         encoder.eval()
-        with self._autocast():
-            texts = [str(s.text) for s in data.train_texts.samples]
-            self._text_cache = encoder.text_features(texts).to(torch.bfloat16)
-            log.info("features of %d texts are there", len(texts))
+        texts = [str(s.text) for s in data.train_texts.samples]
+        pictures = data.train_pictures
+
+        def of_texts() -> Tensor:
+            return encoder.text_features(texts).to(torch.bfloat16)
+
+        def of_pictures() -> Tensor:
             views = []
             for view in range(self.image_views):
                 parts = []
-                for start in range(0, len(data.train_pictures), 256):
-                    batch = data.train_pictures[slice(start, start + 256)]
+                for start in range(0, len(pictures), 256):
+                    batch = pictures[slice(start, start + 256)]
                     pixels = self._augment(batch["pixels"].to(self.device))
                     parts.append(encoder.towers.encode_image(pixels).to(torch.bfloat16))
                 views.append(torch.cat(parts))
-                log.info("features of %d pictures are there, crop %d", len(views[0]), view + 1)
-            self._image_cache = torch.stack(views)
+                log.info("crop %d of %d pictures is encoded", view + 1, len(views[0]))
+            return torch.stack(views)
+
+        settings = f"{self.image_views} {self.augment} {self.crop} {self.train_sizes}"
+        with self._autocast():
+            self._text_cache = self._kept("text", ["\0".join(texts)], of_texts)
+            log.info("features of %d texts are there", len(texts))
+            self._image_cache = self._kept("visual", [settings, pictures.pixels], of_pictures)
+            log.info("features of %d pictures are there", len(pictures))
         encoder.train()
+
+    def _kept(self, part: str, content: Sequence[Any], make: Callable[[], Tensor]) -> Tensor:
+        """Features from `feature_cache`, where the same tower has encoded the same content."""
+        if self.feature_cache is None:
+            return make().to(self.device)
+        digest = hashlib.sha256()
+        for name, value in sorted(self.encoder.towers.own_state().items()):
+            if f"model.{part}." in name:
+                digest.update(name.encode())
+                digest.update(value.detach().float().cpu().numpy().tobytes())
+        for piece in content:
+            digest.update(piece.encode() if isinstance(piece, str) else piece.tobytes())
+        file = Path(self.feature_cache) / f"{part}-{digest.hexdigest()[:24]}.safetensors"
+        if not file.is_file():
+            features = make()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = file.with_suffix(".part")
+            save_file({"features": features.contiguous()}, unfinished)
+            unfinished.replace(file)
+        return load_file(file)["features"].to(self.device)
 
     # ------------------------------------------------------------ one step
 
@@ -399,6 +441,8 @@ class TaxonomyTask(EncoderTask):
         terms["edge"], terms["sibling"] = edge, sibling
         w = self.weights
         loss = self.image_weight * terms["class"]
+        if self.retrieval_weight:
+            loss = loss + self.retrieval_weight * terms["class_retrieval"]
         loss = loss + self.classifier_weight * terms["classifier"]
         loss = loss + self.class_entail * terms["class_entail"]
         for kind, factor in kinds:
@@ -442,7 +486,12 @@ class TaxonomyTask(EncoderTask):
             entail = (
                 entail + F.relu(-margins[self._ancestors[of.to(self._ancestors.device)]]).mean()
             )
-        return {"class": term, "class_entail": entail}
+        terms = {"class": term, "class_entail": entail}
+        if self.retrieval_weight:
+            terms["class_retrieval"] = prototype_retrieval(
+                image, prototypes, classes, c, encoder.logit_scale(), space=self.space
+            )
+        return terms
 
     def _item_terms(
         self, kind: str, items: Tensor, candidates: Tensor, nodes: Tensor, c: Tensor

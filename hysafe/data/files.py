@@ -1,4 +1,4 @@
-"""Bytes from disk, read with care: regular files only, a size limit, lines of bounded length.
+"""Bytes read with care: regular files only, a size limit, lines of bounded length.
 
 Every failure is an :class:`~hysafe.errors.InputError` whose message names the problem and the
 remedy and whose cause is the operating system's error.
@@ -7,10 +7,14 @@ remedy and whose cause is the operating system's error.
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import os
+import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import BinaryIO, Literal
 
 from hysafe.errors import InputError
@@ -20,13 +24,16 @@ __all__ = [
     "HEAD_BYTES",
     "MAX_FILE_BYTES",
     "MAX_TEXT_BYTES",
+    "PICTURE_SUFFIXES",
     "FileKind",
     "decode_line",
     "display_path",
     "error_record",
     "explain",
+    "is_address",
     "kind_of",
     "open_file",
+    "opening_with",
     "read_lines",
     "read_picture",
 ]
@@ -69,6 +76,7 @@ PARQUET_MAGIC = b"PAR1"
 APPLE_DOUBLE_MAGIC = b"\0\5\x16\7"
 
 WIDE_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+ADDRESS = re.compile(r"[a-z][a-z0-9+.\-]+://", re.IGNORECASE)
 DRAIN_BYTES = 1 << 16
 LONGEST_NAME = 300  # characters of a path in a message
 
@@ -78,6 +86,9 @@ NAMED_CAUSES = (
     MemoryError,
 )
 
+# What opens files instead of the system, while the rows of a remote table are read.
+_opener: ContextVar[Callable[[str], BinaryIO] | None] = ContextVar("opener", default=None)
+
 
 def open_file(path: str) -> BinaryIO:
     """Open a regular file for reading; never blocks on a pipe or a device.
@@ -85,6 +96,9 @@ def open_file(path: str) -> BinaryIO:
     Raises:
         InputError: missing, a dangling link, a link loop, no permission, not a regular file.
     """
+    opener = _opener.get()
+    if opener is not None:
+        return opener(path)
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(path, flags | getattr(os, "O_CLOEXEC", 0))
@@ -102,6 +116,17 @@ def open_file(path: str) -> BinaryIO:
         raise
 
 
+@contextmanager
+def opening_with(opener: Callable[[str], BinaryIO]) -> Iterator[None]:
+    """While the body runs, :func:`open_file` asks `opener`: paths in a remote table are no local
+    ones."""
+    token = _opener.set(opener)
+    try:
+        yield
+    finally:
+        _opener.reset(token)
+
+
 def read_picture(stream: BinaryIO, path: str, *, limit: int = MAX_FILE_BYTES) -> bytes:
     """All bytes of an open file, at most `limit`; a file that is too large is not read.
 
@@ -109,7 +134,7 @@ def read_picture(stream: BinaryIO, path: str, *, limit: int = MAX_FILE_BYTES) ->
         InputError: empty, larger than `limit`, or it cannot be read.
     """
     try:
-        size = os.fstat(stream.fileno()).st_size
+        size = _size(stream)
         data = stream.read(size + 1) if size <= limit else b""
         if size < len(data) <= limit:  # it grew since it was measured
             data += stream.read(limit + 1 - len(data))
@@ -200,6 +225,11 @@ def kind_of(path: str, head: bytes) -> FileKind:
     return "other"
 
 
+def is_address(path: str) -> bool:
+    """Whether a path is written as ``scheme://...``."""
+    return ADDRESS.match(path) is not None
+
+
 def display_path(path: str) -> str:
     r"""A path that can be written as UTF-8: bytes that are no UTF-8 become ``\udcff``.
 
@@ -224,6 +254,15 @@ def explain(path: str, error: OSError | ValueError) -> InputError:
     return problem
 
 
+def _size(stream: BinaryIO) -> int:
+    try:
+        return os.fstat(stream.fileno()).st_size
+    except io.UnsupportedOperation:  # no file of the system's
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(0)
+        return size
+
+
 def _looks_like_picture(head: bytes) -> bool:
     if head.startswith(PICTURE_MAGIC):
         return True
@@ -239,6 +278,8 @@ def _explanation(path: str, error: OSError | ValueError) -> str:
     name = display_path(path).replace("\0", "\\0")
     if len(name) > LONGEST_NAME:
         name = f"{name[:LONGEST_NAME]}..."
+    if is_address(path):
+        return _remote_explanation(name, error)
     if isinstance(error, FileNotFoundError):
         if os.path.islink(path):
             target = display_path(os.readlink(path))
@@ -251,6 +292,18 @@ def _explanation(path: str, error: OSError | ValueError) -> str:
         return f"{name} may not be read by this user. Change that: chmod u+r."
     reason = error.strerror if isinstance(error, OSError) else str(error)
     return f"{name} cannot be read ({reason}). Check the path and the disk."
+
+
+def _remote_explanation(name: str, error: OSError | ValueError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"{name} is not there (any more). Restore it, or scan again without."
+    if isinstance(error, PermissionError):
+        return f"{name} may not be read with these credentials. Allow it, or give others."
+    reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:300]
+    return (
+        f"{name} cannot be read ({reason}). Check the address, the credentials and the network; "
+        "--retry reads it again."
+    )
 
 
 def _printable(text: str) -> str:

@@ -8,6 +8,8 @@ What is read:
   must not escape moderation behind a dot. Linked folders are entered once, never in a loop;
 - Parquet, JSONL (.jsonl, .ndjson) and lines of text (.txt), see :mod:`hysafe.data.tables`, also
   inside folders;
+- the same at an address (``s3://bucket/photos``), or what a pattern there matches, see
+  :mod:`hysafe.data.remote`;
 - ``-``: lines of standard input.
 
 Other files in a folder (.md, .pdf, ...) are passed over and counted; the same file named on the
@@ -18,12 +20,13 @@ be a picture and is an error row whatever its name: the scan fails closed. An er
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import BinaryIO, NamedTuple
 
 from hysafe.data.files import (
@@ -36,9 +39,20 @@ from hysafe.data.files import (
     explain,
     kind_of,
     open_file,
+    opening_with,
     read_picture,
 )
 from hysafe.data.images import content_hash
+from hysafe.data.remote import (
+    SCHEMES,
+    TABLE_BUFFER,
+    Root,
+    ahead,
+    is_remote,
+    locate,
+    opener_beside,
+    walk,
+)
 from hysafe.data.tables import (
     Columns,
     Limits,
@@ -91,27 +105,43 @@ def check_paths(
     A path that is there and cannot be read passes: it becomes an error row.
 
     Raises:
-        InputError: no path at all, a path that does not exist, or standard input named twice.
+        InputError: no path at all, a path that does not exist, or standard input named twice; an
+            address of a scheme that is not read, or whose store does not answer.
+        MissingExtraError: the driver of an address is not installed.
         ConfigError: a column named by the user is not in a Parquet file among `paths`.
     """
+    _checked(paths, Columns(text_column, image_column))
+
+
+def _checked(paths: Sequence[str], columns: Columns) -> dict[str, Root]:
+    """As :func:`check_paths`; the addresses among the paths, looked up."""
     if not paths:
         raise InputError(
             "No input. Name a picture, a folder, a .parquet, .jsonl or .txt file, '-'."
         )
     if list(paths).count(STDIN) > 1:
         raise InputError("Standard input ('-') is named more than once. Name it once.")
-    missing = [path for path in paths if path != STDIN and not _exists(path)]
+    local = [path for path in paths if path != STDIN and not is_remote(path)]
+    missing = [path for path in local if not _exists(path)]
     if missing:
         shown = ", ".join(repr(display_path(path)) for path in missing[:5])
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise InputError(
             f"No such file or folder: {shown}{more}. Check the spelling; paths start at "
-            f"{display_path(os.getcwd())}, and addresses (http://...) are not fetched."
+            f"{display_path(os.getcwd())}, and addresses are not fetched but those of "
+            f"{', '.join(f'{scheme}://' for scheme in SCHEMES)}."
         )
-    if text_column or image_column:
-        for path in paths:
-            if path != STDIN and os.path.isfile(path) and _kind(path) == "parquet":
-                check_parquet_columns(path, Columns(text_column, image_column))
+    remote = {path: locate(path) for path in dict.fromkeys(paths) if is_remote(path)}
+    if columns.text or columns.image:
+        for path in local:
+            if os.path.isfile(path) and _kind(path) == "parquet":
+                check_parquet_columns(path, columns)
+        for path, root in remote.items():
+            if not root.folder and (file := root.found[0].file) is not None:
+                with opening_with(lambda _, file=file: file.open()):  # type: ignore[misc]
+                    if _kind(path) == "parquet":
+                        check_parquet_columns(path, columns)
+    return remote
 
 
 class InputReader:
@@ -123,7 +153,7 @@ class InputReader:
     same name, the second is called ``photos~2``. Lines count from 1, Parquet rows from 0.
 
     Args:
-        paths: files, folders and ``-``; checked at once by :func:`check_paths`.
+        paths: files, folders, addresses and ``-``; checked at once by :func:`check_paths`.
         text_column: column or key of the text in Parquet and JSONL; None finds it by name, ""
             leaves texts out.
         image_column: the same for pictures.
@@ -147,9 +177,9 @@ class InputReader:
         max_file_bytes: int = MAX_FILE_BYTES,
         max_text_bytes: int = MAX_TEXT_BYTES,
     ) -> None:
-        check_paths(paths, text_column=text_column, image_column=image_column)
-        self._roots = _labelled(paths)
         self._columns = Columns(text_column, image_column)
+        self._remote = _checked(paths, self._columns)
+        self._roots = _labelled(paths, {path: root.label for path, root in self._remote.items()})
         self._stdin = stdin
         self._exclude = frozenset(os.path.realpath(path) for path in exclude)
         self._limits = Limits(max_file_bytes, max_text_bytes)
@@ -165,6 +195,8 @@ class InputReader:
             if path == STDIN:
                 stream = sys.stdin.buffer if self._stdin is None else self._stdin
                 yield from self._rows(line_rows(stream, STDIN, self._limits), STDIN, label, "lines")
+            elif path in self._remote:
+                yield from self._address(self._remote[path], label)
             elif os.path.isdir(path):
                 yield from self._folder(path, label)
             else:
@@ -197,23 +229,44 @@ class InputReader:
                 except OSError as error:
                     yield _error_item(f"{key}/", path, "image", explain(path, error))
 
-    def _file(self, path: str, key: str, *, named: bool) -> Iterator[Item]:
+    def _address(self, root: Root, label: str) -> Iterator[Item]:
+        """A location that is no local path."""
+        for found, opened in ahead(walk(root), limit=self._limits.file_bytes):
+            key = label + found.key.removeprefix(root.label)
+            if found.error is not None or found.file is None:
+                error = found.error or InputError(f"{display_path(found.address)} is no file.")
+                modality = MODALITY_OF.get(kind_of(found.address, b""), "image")
+                yield _error_item(key, found.address, modality, error)
+                continue
+            beside = opener_beside(found.file, root.folder)
+            named = not root.folder
+            yield from self._file(found.address, key, named=named, opened=opened, beside=beside)
+
+    def _file(
+        self,
+        path: str,
+        key: str,
+        *,
+        named: bool,
+        opened: Callable[[str], BinaryIO] = open_file,
+        beside: Callable[[str], BinaryIO] | None = None,
+    ) -> Iterator[Item]:
+        """Items of a file.
+
+        Args:
+            opened: opens it. beside: opens the files that its rows name, where the system must not.
+        """
         key = f"{key}#file" if ROW_LIKE.search(key) else key
         kind = kind_of(path, b"")
         try:
-            with open_file(path) as stream:
+            with opened(path) as stream:
                 kind = kind_of(path, stream.read(HEAD_BYTES))
                 stream.seek(0)
                 if kind == "picture":
                     yield self._picture(stream, path, key)
-                elif kind == "lines":
-                    yield from self._rows(line_rows(stream, path, self._limits), path, key, kind)
-                elif kind == "jsonl":
-                    rows = jsonl_rows(stream, path, self._columns, self._limits)
-                    yield from self._rows(rows, path, key, kind)
-                elif kind == "parquet":
-                    rows = parquet_rows(stream, path, self._columns, self._limits)
-                    yield from self._rows(rows, path, key, kind)
+                elif kind != "other":
+                    rows = self._table(stream, path, kind)
+                    yield from self._rows(_opening(rows, beside), path, key, kind)
                 elif named:
                     raise InputError(
                         f"{display_path(path)} is neither a picture nor a .parquet, .jsonl or .txt "
@@ -226,6 +279,14 @@ class InputReader:
             yield _error_item(key, path, MODALITY_OF.get(kind, "image"), error)
         except OSError as error:
             yield _error_item(key, path, MODALITY_OF.get(kind, "image"), explain(path, error))
+
+    def _table(self, stream: BinaryIO, path: str, kind: FileKind) -> Iterator[Row]:
+        if isinstance(stream, io.RawIOBase):  # every read is a request
+            stream = io.BufferedReader(stream, TABLE_BUFFER)
+        if kind == "lines":
+            return line_rows(stream, path, self._limits)
+        rows = jsonl_rows if kind == "jsonl" else parquet_rows
+        return rows(stream, path, self._columns, self._limits)
 
     def _picture(self, stream: BinaryIO, path: str, key: str) -> Item:
         data = read_picture(stream, path, limit=self._limits.file_bytes)
@@ -253,6 +314,19 @@ class InputReader:
                 )
         except InputError as error:
             yield _error_item(key, path, MODALITY_OF[kind], error)
+
+
+def _opening(rows: Iterator[Row], opener: Callable[[str], BinaryIO] | None) -> Iterator[Row]:
+    """The rows, while they are made with files opened by `opener`."""
+    if opener is None:
+        yield from rows
+        return
+    while True:
+        with opening_with(opener):
+            row = next(rows, None)
+        if row is None:
+            return
+        yield row
 
 
 class _Entry(NamedTuple):
@@ -306,14 +380,14 @@ def _kind(path: str) -> FileKind:
         return "other"
 
 
-def _labelled(paths: Sequence[str]) -> list[tuple[str, str]]:
-    """(label, path) with labels that differ: name, name~2, name~3."""
+def _labelled(paths: Sequence[str], known: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(label, path) with labels that differ: name, name~2, name~3; some names are known."""
     taken: set[str] = set()
     counts: Counter[str] = Counter()
     labelled = []
     for path in paths:
         name = path if path == STDIN else os.path.basename(os.path.abspath(path)) or "root"
-        label = name = display_path(name)
+        label = name = known.get(path) or display_path(name)
         counts[name] += 1
         while label in taken:
             label = f"{name}~{counts[name]}"

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from hysafe.errors import CollectionError, ConfigError, InputError, ShapeError
 from hysafe.types import ErrorRecord, Modality, Rating, Result
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("Collection", "CollectionMeta", "CollectionWriter", "Decision", "EncodedItem", "Row"),
-    *("TABLE", "drop_table", "matrix", "mend_table", "sync_table"),
+    *("TABLE", "ENCODED", "PointColumn", "decode_rows", "drop_table", "encode_rows", "matrix"),
+    *("mend_table", "point_columns", "sync_table", "vector_column"),
 ]
 
 TABLE, DECISIONS = "items", "decisions"
@@ -47,6 +50,7 @@ MOST_TORN = 3
 # An older version of a table is kept this long for those who still read it.
 OLD_VERSIONS_KEPT = timedelta(hours=1)
 VECTORS = ("vector", "text_vector", "points")
+VALID_FIELDS = re.compile(r"\W+valid fields are\b", re.IGNORECASE)
 # Columns from which an item can be judged again.
 ENCODED = (
     *("id", "source", "modality", "content_hash", "vector", "text_vector", "points", "channels"),
@@ -158,6 +162,12 @@ class Decision:
         parsed = datetime.fromisoformat(self.time)
         return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
 
+    @property
+    def words(self) -> str:
+        """The decision as a line to show."""
+        why = f": {self.reason}" if self.reason else ""
+        return f"{self.author} decided {self.rating}, {self.time}{why}"
+
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +205,14 @@ class CollectionWriter:
             Number of the version.
         """
         encoded = (b for rows in batches for b in encode_rows(rows, meta).to_batches())
-        return _write(folder, meta.schema(), encoded)
+        return cls.write_columns(folder, meta, encoded)
+
+    @classmethod
+    def write_columns(
+        cls, folder: Path, meta: CollectionMeta, batches: Iterable[pa.RecordBatch]
+    ) -> int:
+        """As :meth:`write`, with batches in the schema of `meta`."""
+        return _write(folder, meta.schema(), batches)
 
     @classmethod
     def copy(cls, folder: Path, source: Collection, *, start: int = 0) -> int:
@@ -403,11 +420,11 @@ class Collection:
         self,
         columns: Iterable[str] | None = None,
         *,
-        size: int = READ_ROWS,
+        size: int | None = None,
         start: int = 0,
         stop: int | None = None,
     ) -> Iterator[pa.RecordBatch]:
-        """Rows in batches of at most `size`, in the order they were scanned.
+        """Rows in batches of at most `size` (8,192), in the order they were scanned.
 
         Args:
             start, stop: places of the first row and of the one after the last; all rows by default.
@@ -416,7 +433,7 @@ class Collection:
         if columns is not None:
             query = query.select(list(columns))
         place = 0
-        for batch in query.limit(None).to_batches(size):
+        for batch in query.limit(None).to_batches(size or READ_ROWS):
             first = max(0, start - place)
             last = batch.num_rows if stop is None else min(batch.num_rows, stop - place)
             place += batch.num_rows
@@ -425,7 +442,7 @@ class Collection:
             if stop is not None and place >= stop:
                 return
 
-    def items(self, *, size: int = READ_ROWS) -> Iterator[list[EncodedItem]]:
+    def items(self, *, size: int | None = None) -> Iterator[list[EncodedItem]]:
         """All items as the encoder saw them, in batches."""
         for batch in self.batches(ENCODED, size=size):
             yield decode_rows(batch, self.meta)
@@ -457,7 +474,8 @@ class Collection:
             query = self._table.search().where(where).select(["rating"]).with_row_id(True)
             found = query.limit(None).to_arrow()["_rowid"].to_numpy()
         except (ValueError, RuntimeError, OSError) as error:
-            detail = " ".join(str(error).split())[:300]
+            # the engine lists the columns too, with those of its own
+            detail = VALID_FIELDS.split(" ".join(str(error).split()))[0][:300].rstrip(".")
             raise ConfigError(
                 f"filter {where!r}: {detail}. Columns: {', '.join(self._table.schema.names)}."
             ) from error
@@ -590,24 +608,46 @@ class Collection:
         return self._index
 
     def search(
-        self, query: Points, *, model: str, k: int = 50, where: str | None = None
+        self,
+        query: Points,
+        *,
+        model: str,
+        k: int = 50,
+        where: str | None = None,
+        approximate: bool | None = None,
+        progress: Callable[[float], None] | None = None,
     ) -> list[list[Hit]]:
-        """The k items nearest to each query, nearest first; exact.
+        """The k items nearest to each query, nearest first.
 
         Args:
             query: points [Q, D], encoded by the collection's model.
             model: hash of the model that encoded them, ``SafetyModel.hash``.
             where: SQL filter over the columns of the table.
+            approximate: read only the part of the index nearest to the query; by default above two
+                million points, if the collection has such an index.
+            progress: called with the share done where an approximate index has to be made first.
 
         Raises:
             CollectionError: the query comes from another model.
         """
         self.check_model(model)
+        near = self.index.ready(self, approximate, progress=progress)
         rows = None if where is None else self.places(where)
-        return self.index.search(query, k, rows=rows)
+        return self.index.search(query, k, rows=rows, approximate=near)
 
-    def like(self, item_id: str, *, k: int = 50, where: str | None = None) -> list[Hit]:
+    def like(
+        self,
+        item_id: str,
+        *,
+        k: int = 50,
+        where: str | None = None,
+        approximate: bool | None = None,
+        progress: Callable[[float], None] | None = None,
+    ) -> list[Hit]:
         """The k items nearest to an item of the collection (to any of its points), nearest first.
+
+        Args:
+            where, approximate, progress: as in :meth:`search`.
 
         Raises:
             CollectionError: the item has no point.
@@ -621,8 +661,11 @@ class Collection:
                 f"{item_id}: the item could not be read, so it has no point. Take another one."
             )
         query = self.points(np.concatenate(list(item.points.values())))
-        rows = self.places(where)
-        return nearest_of(self.index.search(query, k, rows=rows[rows != place]), k)
+        near = self.index.ready(self, approximate, progress=progress)
+        rows = None if where is None else self.places(where)
+        found = self.index.search(query, k + 1, rows=rows, approximate=near)
+        # one more, for the item finds itself
+        return [hit for hit in nearest_of(found, k + 1) if hit.row != place][:k]
 
     def points(self, tangents: np.ndarray) -> Points:
         """Points [n, D] of this collection's space from tangent vectors, in float64."""
@@ -662,12 +705,13 @@ def decode_rows(batch: pa.RecordBatch | pa.Table, meta: CollectionMeta) -> list[
         channels = data["channels"][k]
         if many is not None and many[k] is not None:
             stack = np.array(many[k], dtype=np.float32).reshape(-1, meta.dim)
-        else:
-            stack = np.stack((vectors[k], texts[k]))[: len(channels)]
-        points = {
-            c: stack[[i for i, other in enumerate(channels) if other == c]]
-            for c in dict.fromkeys(channels)
-        }
+            points = {
+                c: stack[[i for i, other in enumerate(channels) if other == c]]
+                for c in dict.fromkeys(channels)
+            }
+        else:  # views: gathering them takes longer than all else here
+            one = (vectors[k : k + 1], texts[k : k + 1])
+            points = dict(zip(channels, one, strict=False))
         kind = data["error"][k]
         items.append(
             EncodedItem(
@@ -683,6 +727,56 @@ def decode_rows(batch: pa.RecordBatch | pa.Table, meta: CollectionMeta) -> list[
             )
         )
     return items
+
+
+@dataclass(frozen=True)
+class PointColumn:
+    """All points of one channel in a batch of rows.
+
+    Args:
+        row: int [P], ascending: the row that each point belongs to; a long text has several.
+        vectors: tangent vectors [P, D], float32.
+    """
+
+    row: np.ndarray
+    vectors: np.ndarray
+
+
+def point_columns(batch: pa.RecordBatch, meta: CollectionMeta) -> dict[str, PointColumn]:
+    """Points of rows with the columns :data:`ENCODED`, by channel: those of :func:`decode_rows`."""
+    rows = batch.num_rows
+    channels = batch["channels"]
+    size = pc.fill_null(pc.list_value_length(channels), 0).to_numpy(zero_copy_only=False)
+    row = np.repeat(np.arange(rows), size)
+    if not len(row):
+        return {}
+    place = np.arange(len(row)) - np.repeat(np.cumsum(size) - size, size)
+    names = channels.flatten().dictionary_encode()
+    codes = names.indices.to_numpy()
+    vectors, texts = (matrix(batch[name], meta.dim) for name in ("vector", "text_vector"))
+    many = batch["points"].is_valid().to_numpy(zero_copy_only=False)
+    stack = batch["points"].flatten().flatten().to_numpy().reshape(-1, meta.dim)
+    listed = many[row]  # [P]
+    at = np.cumsum(listed) - 1  # place in the stack of each listed point
+    columns = {}
+    for code, name in enumerate(names.dictionary.to_pylist()):
+        chosen = np.flatnonzero(codes == code)
+        own = row[chosen]
+        if len(own) == rows and not place[chosen].any() and not many.any():
+            columns[name] = PointColumn(own, vectors)
+            continue
+        found = np.where((place[chosen] == 0)[:, None], vectors[own], texts[own])
+        part = listed[chosen]
+        found[part] = stack[at[chosen][part]]
+        columns[name] = PointColumn(own, found)
+    return columns
+
+
+def vector_column(values: np.ndarray, valid: np.ndarray | None = None) -> pa.Array:
+    """Vectors [n, width] as a column; null where not `valid`."""
+    flat = pa.array(np.ascontiguousarray(values, np.float32).reshape(-1))
+    mask = None if valid is None or valid.all() else pa.array(~valid)
+    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1], mask=mask)
 
 
 def matrix(column: Any, width: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Losses: contrastive, entailment, presets of published recipes, the taxonomy objective."""
 
-from hysafe.loss.contrastive import contrastive, prototype_cross_entropy
+from hysafe.loss.contrastive import contrastive, prototype_cross_entropy, prototype_retrieval
 from hysafe.loss.entailment import cone_negatives, entailment
 from hysafe.loss.presets import PRESETS, Preset, preset_loss
 from hysafe.loss.taxonomy import (
@@ -22,4 +22,5 @@ __all__ = [
     "node_cones",
     "preset_loss",
     "prototype_cross_entropy",
+    "prototype_retrieval",
 ]

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from hysafe.geometry import Space
 
-__all__ = ["contrastive", "prototype_cross_entropy"]
+__all__ = ["contrastive", "prototype_cross_entropy", "prototype_retrieval"]
 
 
 def contrastive(
@@ -60,3 +60,33 @@ def prototype_cross_entropy(
     """
     logits = -space.pairwise_dist(points, prototypes, c) * scale
     return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+
+
+def prototype_retrieval(
+    points: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    c: Tensor | float,
+    scale: Tensor | float,
+    *,
+    space: Space,
+) -> Tensor:
+    """The other direction: every class finds its pictures among those of the batch.
+
+    Without it a point near the origin is near to every text, and a text finds such points first,
+    whatever they show.
+
+    Args:
+        points: [B, D]. prototypes: [N, D]. labels: [B] indices into prototypes.
+
+    Returns:
+        Scalar, >= 0: mean over the classes in the batch of -log of the share of the softmax over
+        the batch that falls on their own pictures.
+
+    Source: Khosla et al. 2020, "Supervised contrastive learning", with the sum inside the logarithm.
+    """
+    present = labels.unique()
+    logits = -space.pairwise_dist(prototypes[present], points, c) * scale  # [P, B]
+    own = labels[None, :] == present[:, None]
+    inside = logits.masked_fill(~own, -torch.inf).logsumexp(-1)
+    return (logits.logsumexp(-1) - inside).mean()

@@ -95,3 +95,27 @@ def test_small_collections_are_searched_exactly_and_large_ones_not(
         )  # fmt: skip
     assert main(["search", str(out), "my dog", *argument]) == 0
     assert used == [read]
+
+
+@pytest.mark.parametrize(("limit", "approximate", "read"), [
+    (100, None, "_read_all"), (100, True, "_read_cells"),
+    (1, None, "_read_cells"), (1, False, "_read_all"),
+])  # fmt: skip
+def test_a_collection_in_python_follows_the_same_rule(
+    out: Path, tiny_model: SafetyModel, monkeypatch: pytest.MonkeyPatch, limit: int,
+    approximate: bool | None, read: str,
+) -> None:  # fmt: skip
+    collection = Collection.open(out)
+    collection.index.group(collection)
+    monkeypatch.setattr(search_module, "EXACT_UP_TO", limit)
+    other = {"_read_all": "_read_cells", "_read_cells": "_read_all"}[read]
+    monkeypatch.setattr(search_module.PointIndex, other, None)  # calling it would fail
+    query = tiny_model.encode_text(["my dog"])
+    (hits,) = collection.search(query, model=tiny_model.hash, k=1, approximate=approximate)
+    assert collection.take([hits[0].row])[0].text == "my dog"
+    name = collection.take([hits[0].row])[0].id
+    near = collection.like(name, k=len(TEXTS), approximate=approximate)
+    assert len(near) == len(TEXTS) - 1
+    assert hits[0].row not in [h.row for h in near]
+    some = collection.like(name, k=2, where="text LIKE 'my %'", approximate=approximate)
+    assert [collection.take([h.row])[0].text for h in some] == ["my pistol"]

@@ -75,3 +75,50 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "--version")
     assert code == 0
     assert out.startswith("hysafe 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("card", "--seed", "0"), "--seed: of eval novelty only"),
+        (("card", "--unseen", "--held-out", "x"), "--held-out, --unseen: of eval novelty only"),
+        (("novelty", "--fit", "--write", "x.md"), "--fit, --write: of eval card only"),
+        (("novelty", "--control", "x"), "--control: of eval card only"),
+    ],
+)
+def test_options_of_another_suite_are_not_ignored(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], problem: str
+) -> None:
+    code, _, err = run(capsys, "eval", *arguments)
+    assert code == 2
+    assert problem in err
+
+
+def test_a_scan_names_nodes_of_its_policy_and_doubts_a_calibration_for_another_taxonomy(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from types import SimpleNamespace
+
+    from hysafe.app.cli import _print_summary, warn_of_taxonomy
+    from hysafe.app.scan import ScanSummary
+    from hysafe.taxonomy import Policy, load_taxonomy
+
+    added = {"parent": "D6", "name": "Laser pointers", "definition": "Sale of laser pointers."}
+    view = Policy.from_dict({"nodes": {"x.1": added}}).apply(load_taxonomy())
+    summary = ScanSummary(tmp_path, items=1)
+    summary.nodes["x.1"] += 1
+    _print_summary(summary, 1.0, False, view.taxonomy)
+    assert "Laser pointers" in capsys.readouterr().out
+
+    def warned(path: Path | None, taxonomy: object, fitted: bool = True) -> str:
+        calibration = SimpleNamespace(fitted=fitted)
+        model = SimpleNamespace(name="mini", taxonomy=taxonomy, calibration=calibration)
+        warn_of_taxonomy(model, path)  # type: ignore[arg-type]
+        return capsys.readouterr().err
+
+    path = tmp_path / "own.yaml"
+    assert warned(path, view.taxonomy).count("\n") == 1
+    assert "was made for the bundled taxonomy, not for" in warned(path, view.taxonomy)
+    assert not warned(path, load_taxonomy())  # a copy of the bundled one
+    assert not warned(None, load_taxonomy())
+    assert not warned(path, view.taxonomy, fitted=False)  # says so already

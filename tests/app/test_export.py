@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from hysafe.app.cli import main
 from hysafe.app.export import COLUMNS, FORMATS, export, import_decisions, read_decisions
 from hysafe.app.pipeline import SafetyModel, ScanOptions
 from hysafe.app.redirect import redirect_queries
-from hysafe.app.rescore import diff_json, rescore
+from hysafe.app.rescore import diff_json, report_stored, rescore
 from hysafe.app.scan import add, scan
-from hysafe.app.search import search, search_line
+from hysafe.app.search import search, search_line, write_found
+from hysafe.app.stored import view_of
 from hysafe.errors import CollectionError, InputError
 from hysafe.index import Collection
 from hysafe.taxonomy import Policy
@@ -160,7 +162,7 @@ def test_the_latest_decision_counts_and_none_is_doubled(
         (json.dumps(decision(rating="maybe")), "line 2: rating is 'maybe'"),
         (json.dumps(decision(author="")), "line 2: `author` is missing"),
         (json.dumps(decision(time="yesterday")), "line 2: time is 'yesterday'"),
-        (json.dumps(decision(id="in/none.png")), "no item has the id 'in/none.png'"),
+        (json.dumps(decision(id="in/none.png")), "line 2: no item has the id 'in/none.png'"),
     ],
 )
 def test_a_wrong_decision_stops_the_import_before_anything_is_kept(
@@ -176,6 +178,14 @@ def test_a_decision_without_a_time_is_made_now(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text(json.dumps({"id": "a", "rating": "safe", "author": "x"}))
     (made,) = read_decisions(tmp_path / "d.jsonl")
     assert made.moment.tzinfo is not None
+
+
+def test_only_line_feeds_end_a_decision_and_a_byte_order_mark_is_none(tmp_path: Path) -> None:
+    reasons = ["one\u2028two", "one\x0btwo", "one\x85two"]
+    rows = [json.dumps(decision(reason=r), ensure_ascii=False) for r in reasons]
+    text = "\ufeff" + "\r\n".join(rows)
+    (tmp_path / "d.jsonl").write_bytes(text.replace("\x0b", "\\u000b").encode())
+    assert [d.reason for d in read_decisions(tmp_path / "d.jsonl")] == reasons
 
 
 def test_decisions_are_shown_kept_by_a_rescore_and_heeded_by_a_redirect(
@@ -195,6 +205,48 @@ def test_decisions_are_shown_kept_by_a_rescore_and_heeded_by_a_redirect(
     (answer,) = redirect_queries(collection, tiny_model, query, policy=policy, k=99)
     assert {f.result.rating for f in answer.found} == {"safe"}
     assert "in/red.png" not in {f.item.id for f in answer.found}
+
+
+def test_decisions_stand_in_the_report_and_in_pages(
+    collection: Collection, tmp_path: Path, tiny_model: SafetyModel,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def why(name: str) -> str:
+        page = (collection.folder / "report.html").read_text()
+        block = page.split('type="application/json"', 1)[1].split(">", 1)[1].split("</script>")[0]
+        (item,) = [i for i in json.loads(block)["items"] if i["id"] == name]
+        return str(item["why"])
+
+    words = "ann decided safe, 2026-03-01T12:00:00Z: a <red> square."
+    file = tmp_path / "d.jsonl"
+    file.write_text(json.dumps(decision(reason="a <red> square")))
+    assert main(["import", str(collection.folder), str(file)]) == 0
+    assert not (collection.folder / "report.html").exists()  # there was none
+    rescore(collection, tiny_model, report=True)
+    assert why("in/red.png").startswith(words)
+    assert "decided" not in why("in/broken.png")
+    later = decision(rating="unsafe", author="bo", time="2026-03-02", reason="")
+    file.write_text(json.dumps(later))
+    capsys.readouterr()
+    assert main(["import", str(collection.folder), str(file)]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "1 decisions, 1 of them new"
+    assert why("in/red.png").startswith("bo decided unsafe, 2026-03-02.")
+    again = Collection.open(collection.folder)
+    found = search(again, tiny_model, like="in/texts.jsonl#1")
+    write_found(tmp_path / "found.html", "t", found, view_of(again, tiny_model, None), again)
+    assert "bo decided unsafe, 2026-03-02" in (tmp_path / "found.html").read_text()
+    (collection.folder / "results.jsonl").write_text("")
+    with pytest.raises(CollectionError, match="not that of the table"):
+        report_stored(again, tiny_model)
+    (collection.folder / "results.jsonl").unlink()
+    capsys.readouterr()
+    file.write_text(json.dumps(decision(author="cy")))
+    assert main(["import", str(collection.folder), str(file)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "1 decisions, 1 of them new\n"
+    assert shown.err.count("\n") == 1
+    assert "the decisions are kept, but" in shown.err
+    assert main(["import", str(collection.folder), str(file), "--report"]) == 1
 
 
 def test_a_decision_does_not_hold_for_other_content(
@@ -350,3 +402,84 @@ def test_commands(
     assert main(["annotate", str(tmp_path / "in"), "--out", str(tmp_path / "o"), "--no-ocr",
                  "--model", str(tiny_folder)]) == 0  # fmt: skip
     assert "2 items" in capsys.readouterr().out
+
+
+def tar(path: Path, *members: tuple[str, bytes | tarfile.TarInfo]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as made:
+        for name, content in members:
+            if isinstance(content, tarfile.TarInfo):
+                made.addfile(content)
+                continue
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(content), 7
+            made.addfile(info, io.BytesIO(content))
+    return path
+
+
+def members_of(path: Path) -> dict[str, bytes]:
+    with tarfile.open(path, "r:") as made:
+        names = made.getnames()
+        assert len(set(names)) == len(names)
+        return {name: made.extractfile(name).read() for name in names}  # type: ignore[union-attr]
+
+
+def test_a_tar_comes_back_with_an_answer_beside_each_sample(
+    tmp_path: Path, tiny_model: SafetyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = tarfile.TarInfo("l.jpg")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    red, text = png((200, 0, 0)), b"selling a pistol"
+    kept: list[tuple[str, bytes | tarfile.TarInfo]] = [
+        ("a/1.png", red), ("a/1.txt", text), ("2.jpg", red[:40]), ("2.json", b'{"n": 1}'),
+        ("3.json", b'{\n "n": 3,\n "Caption": "a quiet street"\n}'), ("4.webp", red),
+        ("4.png", red), ("5.txt", b"\xff"), ("6.txt", b"x" * 50), ("7.json", b"[1]"),
+    ]  # fmt: skip
+    out_of_place: list[tuple[str, bytes | tarfile.TarInfo]] = [
+        ("../x.png", red), ("/x.png", red), ("a/../x.txt", text), ("l.jpg", link),
+        ("1.cls", b"0"), ("a/1.hysafe.json", b"{}"), ("noend", b""), ("c:x.txt", text),
+    ]  # fmt: skip
+    tar(tmp_path / "in/s.tar", *kept[:2], *out_of_place, *kept[2:])
+    monkeypatch.setattr("hysafe.app.annotate.MAX_TEXT_BYTES", 49)
+    audit = annotate([str(tmp_path / "in")], tmp_path / "out", tiny_model,
+                     options=ScanOptions(4, 0))  # fmt: skip
+    found = members_of(tmp_path / "out/s.tar")
+    answers = {k: json.loads(found.pop(k)) for k in list(found) if k.endswith(".hysafe.json")}
+    assert found == dict(kept)
+    assert list(answers) == [f"{k}.hysafe.json" for k in ("a/1", "2", "3", "4", "5", "6", "7")]
+    errors = [a["error"] or "" for a in answers.values()]
+    for error, part in zip(
+        errors, ("", "", "", "second picture", "no text", "more than the 49 allowed", "neither"),
+        strict=True,
+    ):  # fmt: skip
+        assert part in error
+    assert errors[0] == errors[2] == ""
+    assert errors[1]  # the broken picture
+    assert all(a["rating"] == "review" for a, e in zip(answers.values(), errors, strict=True) if e)
+    (alone,) = tiny_model.moderate(texts=["a quiet street"])
+    three = answers["3.hysafe.json"]
+    assert (three["rating"], three["p_unsafe"]) == (alone.rating, alone.p_unsafe)
+    assert three["nodes"] == [p.node for p in alone.paths]
+    assert (audit.items, audit.left_out.total()) == (7, 7)
+    assert audit.left_out[".cls"] == 1
+    assert not list(tmp_path.rglob("*.part"))
+    assert {p.name for p in tmp_path.rglob("*")} == {"in", "out", "s.tar", AUDIT}
+
+
+def test_tars_that_cannot_be_annotated(tmp_path: Path, tiny_model: SafetyModel) -> None:
+    lines: list[tuple[str, bytes | tarfile.TarInfo]] = [
+        (f"{i}.txt", b"a line of text") for i in range(9)
+    ]
+    data = tar(tmp_path / "in/whole.tar", *lines).read_bytes()
+    torn = bytearray(data)
+    torn[1024 * 4] ^= 0xFF  # a header: tarfile would take it for the end
+    for number, (content, problem) in enumerate((
+        (data[:2000], "damaged"), (bytes(torn), "damaged.*no valid header"),
+        (b"no tar" * 200, "no readable tar"), (tar(tmp_path / "e/e.tar").read_bytes(), "no sample"),
+    )):  # fmt: skip
+        path = tmp_path / f"{number}/s.tar"
+        path.parent.mkdir()
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=problem):
+            annotate([str(path)], tmp_path / "out", tiny_model, options=ScanOptions(4, 0))
+        assert not list((tmp_path / "out").glob("s.tar*"))

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from hysafe.app.pipeline import SafetyModel, ScanOptions
-from hysafe.app.scan import scan
+from hysafe.app.scan import result_line, scan
 from hysafe.data.images import content_hash
 from hysafe.index import Collection
 from hysafe.score.calibration import Calibration, ModalityCalibration
@@ -244,6 +244,16 @@ def test_scan_writes_one_line_and_one_row_per_item(tiny_model: SafetyModel, tmp_
     assert (tmp_path / "out/report.html").stat().st_size > 1000
     meta = Collection.open(tmp_path / "out").meta
     assert meta.model == tiny_model.hash == rows[0]["hashes"]["model"]
+
+
+def test_a_line_is_the_plain_data_of_its_result(tiny_model: SafetyModel) -> None:
+    results = tiny_model.moderate(
+        texts=["selling a pistol ü", ""], images=[png(), png()[:40]], ocr=Reader("hello")
+    )
+    assert {r.error is None for r in results} == {True, False}
+    assert any(r.paths for r in results)
+    for r in results:
+        assert result_line(r) == json.dumps(r.to_dict(), ensure_ascii=False) + "\n"
 
 
 def test_second_scan_gives_the_same_lines(tiny_model: SafetyModel, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from hysafe.app import pipeline
 from hysafe.app.cli import main
 from hysafe.app.lock import BusyError, lock
 from hysafe.app.pipeline import SafetyModel, ScanOptions
-from hysafe.app.rescore import diff_json, rescore, write_diff
+from hysafe.app.rescore import diff_json, policy_names, rescore, write_diff
 from hysafe.app.scan import scan
 from hysafe.app.stored import model_of
 from hysafe.errors import CollectionError
@@ -283,10 +283,49 @@ def test_the_difference_counts_and_shows_every_change(
     lines = [json.loads(line) for line in diff_json(summary.diff).splitlines()]
     assert lines[0] == {"counts": counts}
     assert all(line["rating_before"] != "safe" for line in lines if line.get("rating") == "safe")
-    write_diff(tmp_path / "diff.html", summary.diff, collection, model.taxonomy, "off")
+    view = model.view(Policy.from_dict(off))
+    write_diff(tmp_path / "diff.html", summary.diff, collection, view)
     page = (tmp_path / "diff.html").read_text()
     assert "Newly safe" in page
     assert page.count("<li>") == sum(map(len, summary.diff.examples.values()))
+
+
+def test_a_change_says_why_with_node_and_score_before_and_now(
+    default: Collection, model: SafetyModel, tmp_path: Path
+) -> None:
+    old = [json.loads(s) for s in (default.folder / "results.jsonl").read_text().splitlines()]
+    before = {r["id"]: r["paths"][0] for r in old if r["paths"]}
+    domain = model.taxonomy.path(next(iter(before.values()))["node"]).ids[0]
+    rules = {"D6": {"threshold": 0.01}, domain: {"status": "non_violating"}}
+    summary = rescore(default, model, Policy.from_dict({"nodes": rules}))  # in place
+    lines = [json.loads(line) for line in diff_json(summary.diff).splitlines()[1:]]
+    now = [json.loads(s) for s in (default.folder / "results.jsonl").read_text().splitlines()]
+    after = {r["id"]: r["paths"][0] for r in now if r["paths"]}
+    assert lines
+    for line in lines:
+        for paths, suffix in ((before, "_before"), (after, "")):
+            known = paths.get(line["id"], {})
+            assert line[f"node{suffix}"] == known.get("node")
+            assert line[f"score{suffix}"] == known.get("score")
+    kinds = list(dict.fromkeys(line["change"] for line in lines))
+    assert kinds == [k for k in summary.diff.counts() if k in kinds]
+    assert list(summary.diff.counts()) == [
+        "newly unsafe", "newly safe", "newly review", "moved"
+    ]  # fmt: skip
+    (default.folder / "results.jsonl").unlink()  # not needed to judge
+    again = rescore(Collection.open(default.folder), model, out=tmp_path / "three")
+    assert {c.score_before for kept in again.diff.examples.values() for c in kept} == {None}
+
+
+def test_two_policies_of_one_name_are_told_apart_by_their_hashes(default: Collection) -> None:
+    meta, named = default.meta, Policy.from_dict({"name": "default", "nodes": {"D1": {}}})
+    other = Policy.from_dict({"name": "default", "nodes": {"D1": {"threshold": 0.3}}})
+    assert policy_names(meta, Policy()) == ("default", "default")
+    assert policy_names(meta, Policy.from_dict(POLICY)) == ("default", "shop")
+    old, new = policy_names(meta, other)
+    assert (old, new) == (f"default {meta.policy[:8]}", f"default {other.hash[:8]}")
+    assert old != new
+    assert policy_names(meta, named)[0] != "default"
 
 
 def test_rescore_from_the_command_line(

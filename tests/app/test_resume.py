@@ -130,6 +130,57 @@ def test_a_scan_killed_at_any_moment_ends_like_an_uninterrupted_one(
         assert len(encoded) == PICTURES + LINES - stood  # a batch is written before the next
 
 
+@pytest.fixture
+def copies(source: Path) -> Path:
+    """The folder with copies of some of its items, near to the first one and far from it."""
+    for place in ("00a", "06a", "13a", "zz"):
+        for n in range(PICTURES) if place == "zz" else (0, 1, 5):  # 5 is broken
+            shutil.copy(source / f"{n:02d}.png", source / f"{place}-{n}.png")
+    (source / "more.txt").write_text("a new line\n" + (source / "lines.txt").read_text())
+    return source
+
+
+@pytest.mark.parametrize("remembered", [65536, 1])
+def test_copies_are_encoded_once_and_have_a_row_each(
+    copies: Path, tmp_path: Path, tiny_model: SafetyModel, encoded: list[str],
+    monkeypatch: pytest.MonkeyPatch, remembered: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("hysafe.app.scan.REMEMBERED", remembered)
+    monkeypatch.setattr("hysafe.app.known.GROUP_ITEMS", 3)  # many are looked up after their first
+    out, distinct = tmp_path / "out", PICTURES + LINES + 1
+    summary = scan([str(copies)], out, tiny_model, options=OPTIONS, report=False)
+    assert len(encoded) == distinct
+    assert summary.known == 9 + PICTURES + LINES
+    assert summary.items == distinct + summary.known
+    assert summary.errors == {"InputError": 5}
+    rows = Collection.open(out).to_arrow().to_pylist()
+    lines = [json.loads(line) for line in (out / RESULTS).read_text().splitlines()]
+    assert [line["id"] for line in lines] == [row["id"] for row in rows]
+    first: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    for row, line in zip(rows, lines, strict=True):
+        row, line = ({k: v for k, v in d.items() if k not in ("id", "source")} for d in (row, line))
+        assert first.setdefault(row["content_hash"], (row, line)) == (row, line)
+    assert len(first) == distinct
+    encoded.clear()
+    run(copies, tmp_path / "fresh", tiny_model, fresh=True)
+    assert len(encoded) == distinct
+
+
+def test_a_scan_of_copies_killed_at_any_moment_ends_like_an_uninterrupted_one(
+    copies: Path, tmp_path: Path, tiny_model: SafetyModel, encoded: list[str]
+) -> None:
+    with moments(tmp_path / "out", tmp_path / "kept") as kept:
+        whole = run(copies, tmp_path / "out", tiny_model)
+    for copy in kept()[::3]:
+        encoded.clear()
+        assert run(copies, copy, tiny_model) == whole, copy
+        assert len(encoded) <= PICTURES + LINES + 1
+    encoded.clear()
+    (copies / "00.png").unlink()  # the first of its kind is gone
+    run(copies, tmp_path / "out", tiny_model)
+    assert not encoded
+
+
 def test_a_whole_scan_is_not_done_again(
     source: Path, tmp_path: Path, tiny_model: SafetyModel, encoded: list[str]
 ) -> None:
@@ -148,7 +199,7 @@ def test_a_whole_scan_is_not_done_again(
     run(source, out, tiny_model)
     assert not encoded
     run(source, out, tiny_model, fresh=True)
-    assert len(encoded) == PICTURES + LINES + 1
+    assert len(encoded) == PICTURES + LINES  # the copy is not
 
 
 def change(source: Path) -> set[str]:

@@ -6,18 +6,20 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from hysafe.app.cli import main
 from hysafe.app.gallery import Card, card_of, write_gallery
-from hysafe.app.pipeline import SafetyModel, ScanOptions
+from hysafe.app.pipeline import LIST_FROM, SafetyModel, ScanOptions
 from hysafe.app.scan import scan
 from hysafe.app.search import rank_by_node, search, search_line, write_found
 from hysafe.app.stored import model_of, read_media, stored_policy, view_of
 from hysafe.errors import CollectionError, ConfigError, InputError
 from hysafe.index import Collection
+from hysafe.index.collection import matrix
 from hysafe.taxonomy import Policy, load_taxonomy
 from hysafe.types import Hashes, NodeScore, NoveltyScores, Result
 
@@ -101,6 +103,25 @@ def test_ranking_by_node_follows_the_scores_of_the_scan(
                           where="modality = 'image'")  # fmt: skip
     names = collection.to_arrow(["id"])["id"].to_pylist()
     assert {names[row] for row, _, _ in ranked} == {"in/red.png", "in/blue.png"}
+
+
+def test_a_node_finds_negligible_scores_only_where_k_is_given(
+    collection: Collection, tiny_model: SafetyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def scores(**options: int) -> list[float]:
+        found = search(collection, tiny_model, node=node, **options)  # type: ignore[arg-type]
+        return [f.score for f in found if f.score is not None]
+
+    rows = np.nan_to_num(matrix(collection.to_arrow(["scores"])["scores"],
+                                len(collection.meta.nodes)))  # fmt: skip
+    least = np.argmin(rows.max(axis=0))  # of all nodes the one that nothing is about
+    node = collection.meta.nodes[least]
+    assert len(scores(k=50)) > len(scores())
+    assert all(s >= LIST_FROM for s in scores())
+    assert main(["search", str(collection.folder), "--node", node, "--json"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(scores())
+    assert main(["search", str(collection.folder), "--node", node, "-k", "50", "--json"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(scores(k=50))
 
 
 @pytest.mark.parametrize(
@@ -278,8 +299,14 @@ def test_search_from_the_command_line(
     ):  # fmt: skip
         assert main(arguments) == 2
         assert capsys.readouterr().err.count("\n") == 1
-    assert main(["search", str(tmp_path), "x"]) == 1
-    assert "no collection there" in capsys.readouterr().err
+    for command in (["search", "x"], ["index"], ["rescore"], ["redirect", "x"], ["export"],
+                    ["import", "d"], ["calibrate"]):  # fmt: skip
+        rest = ["--format", "csv", "x"] if command == ["export"] else command[1:]
+        for folder in (tmp_path, tmp_path / "nowhere"):
+            assert main([command[0], str(folder), *rest]) == 2
+            error = capsys.readouterr().err
+            assert "no collection there" in error
+            assert error.count("\n") == 1
 
 
 def test_search_does_not_depend_on_the_dtype_of_the_query(

@@ -182,3 +182,29 @@ def test_pasted_boxes_come_from_the_other_picture_and_are_counted() -> None:
         assert 1 - mixed.mean().item() == pytest.approx(kept)
         assert torch.equal(mixed[0], mixed[1])
     assert 0 <= kept <= 1
+
+
+def test_features_of_towers_that_stand_still_are_kept(tmp_path: Path) -> None:
+    tiny = yaml.safe_load((CONFIGS / "tiny.yaml").read_text())
+    tiny["trainer"].pop("logger")
+    tiny["trainer"].update(logger=False, enable_progress_bar=False, enable_model_summary=False)
+    tiny["model"]["init_args"].update(
+        freeze_image=True, freeze_text=True, lora_rank=0, image_views=1,
+        feature_cache=str(tmp_path / "features"),
+    )  # fmt: skip
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+
+    def run(name: str, *more: str) -> set[str]:
+        embed_main(
+            ["fit", "--config", str(tmp_path / "tiny.yaml"),
+             "--trainer.default_root_dir", str(tmp_path / name), *more]
+        )  # fmt: skip
+        return {p.name.split("-")[0] + p.suffix for p in (tmp_path / "features").iterdir()}
+
+    assert run("a") == {"text.safetensors", "visual.safetensors"}
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "features").iterdir()}
+    run("b", "--model.init_args.space", "euclidean")
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "features").iterdir()} == kept
+    run("c", "--model.init_args.crop", "0.9")
+    assert len(list((tmp_path / "features").glob("visual-*"))) == 2
+    assert len(list((tmp_path / "features").glob("text-*"))) == 1

@@ -256,6 +256,9 @@ def test_places_of_a_filter(written: Path) -> None:
     assert collection.place_of("item 7 ü") == 7
     with pytest.raises(ConfigError, match="filter 'nothing = =':.*Columns: id"):
         collection.places("nothing = =")
+    with pytest.raises(ConfigError, match="no_such") as caught:
+        collection.places("no_such = 1")
+    assert str(caught.value).count("content_hash") == 1
     with pytest.raises(ConfigError, match='no item has the id "it\'s"'):
         collection.place_of("it's")
 

@@ -21,6 +21,7 @@ from hysafe.loss import (
     node_cones,
     preset_loss,
     prototype_cross_entropy,
+    prototype_retrieval,
 )
 from hysafe.loss.entailment import GAMMA
 
@@ -132,6 +133,21 @@ def test_prototype_cross_entropy_equals_torch(space: Space) -> None:
         torch.testing.assert_close(got, expected)
 
 
+def test_prototype_retrieval_counts_the_share_of_own_items(space: Space) -> None:
+    items, classes = points(space, 5, 3), points(space, 4, 4)
+    labels = [2, 0, 2, 2, 0]
+    expected = []
+    for k in (0, 2):
+        weight = [
+            math.exp(-2.0 * hand_distance(space.name, classes[k].tolist(), x))
+            for x in items.tolist()
+        ]
+        own = sum(w for w, label in zip(weight, labels, strict=True) if label == k)
+        expected.append(-math.log(own / sum(weight)))
+    got = prototype_retrieval(items, classes, torch.tensor(labels), C, 2.0, space=space)
+    assert float(got) == pytest.approx(sum(expected) / 2, rel=1e-9)
+
+
 # ---------------------------------------------------------------- entailment
 
 
@@ -225,6 +241,9 @@ LOSSES: dict[str, Loss] = {
     "node_cones": _node_cones,
     "preset_loss": _preset,
     "prototype_cross_entropy": lambda space, a, b: prototype_cross_entropy(
+        a, b, torch.arange(len(a)), C, 2.0, space=space
+    ),
+    "prototype_retrieval": lambda space, a, b: prototype_retrieval(
         a, b, torch.arange(len(a)), C, 2.0, space=space
     ),
 }
