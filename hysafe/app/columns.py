@@ -11,6 +11,7 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -93,7 +94,7 @@ class Verdicts:
 
 
 class ColumnJudge:
-    """Judges batches of a collection under a view.
+    """Judges batches of a collection under a view; several threads may ask at once.
 
     Args:
         stored: of the collection. meta: of the one that is written.
@@ -111,6 +112,7 @@ class ColumnJudge:
         taxonomy, ids = view.taxonomy, self.table.ids
         self.words: list[tuple[Rating, str]] = []
         self._places: dict[tuple[Rating, str], int] = {}
+        self._lock = Lock()
         self._kept = self.table.leaves[self.table.risk | self.table.inactive].numpy()
         self._active = self.table.active.numpy()
         self._is_domain = np.array([taxonomy[n].kind == "domain" for n in ids])
@@ -176,14 +178,15 @@ class ColumnJudge:
         for i in np.flatnonzero(judged & (rating == 0) & _valid(batch["error"])).tolist():
             rating[i] = RANK["review"]  # what could not be read is not cleared
             word[i] = self._word(("review", batch["error_message"][i].as_py()))
-        nodes, margins = self._highest(spoken, n)
-        item, node, score, in_cone = self._listed(nodes, margins)
+        item, node, score, in_cone = self._listed(spoken, n)
         first = np.full(n, -1)
         first[item[::-1]] = node[::-1]
+        scores = np.zeros((n, len(self._kept)))
+        for own in spoken.values():
+            scores[own.row] = np.maximum(scores[own.row], own.scored.nodes[:, self._kept])
         return Verdicts(
             spoken, judged, rating, word, decided, rounded(highest), rounded(radius), policy,
-            distribution, item, node, score, in_cone, first,
-            nodes[:, self._kept].astype(np.float32),
+            distribution, item, node, score, in_cone, first, scores.astype(np.float32),
         )  # fmt: skip
 
     def _speak(
@@ -195,10 +198,7 @@ class ColumnJudge:
             chosen = _riskiest(row, every.risk)
             row, vectors = row[chosen], vectors[chosen]
             every = Scored(*(_taken(getattr(every, f.name), chosen) for f in fields(Scored)))
-        rated = map(self.model.triage.rate, every.risk.tolist(), every.over.tolist(),
-                    [None] * len(row) if every.distribution is None
-                    else every.distribution.tolist())  # fmt: skip
-        word = np.fromiter(map(self._word, rated), np.int64, len(row))
+        word = self._rated(every)
         ratings = np.array([RANK[rating] for rating, _ in self.words])
         if len(batch["cut"].flatten()):
             cut = np.array([name in c for c in batch["cut"].to_pylist()])[row]
@@ -213,44 +213,65 @@ class ColumnJudge:
                 word[seen & ~read] = self._word(TEXT_UNREAD)
         return Spoken(row, vectors, every, word)
 
+    def _rated(self, said: Scored) -> np.ndarray:
+        """Words of the rating by scores alone: the triage is asked once for each case it tells
+        apart."""
+        triage, risk = self.model.triage, said.risk
+        cases = [said.over, np.isnan(risk), risk >= triage.unsafe_from, risk >= triage.review_from]
+        if said.distribution is not None:
+            cases.append(said.distribution > triage.novelty_level)
+        case = np.zeros(len(risk), dtype=int)
+        for known in cases:
+            case = 2 * case + known
+        _, firsts, inverse = np.unique(case, return_index=True, return_inverse=True)
+        words = [
+            self._word(
+                triage.rate(
+                    float(risk[k]), bool(said.over[k]),
+                    None if said.distribution is None else float(said.distribution[k]),
+                )
+            )
+            for k in firsts.tolist()
+        ]  # fmt: skip
+        return np.array(words, dtype=int)[inverse]
+
     def _word(self, word: tuple[Rating, str]) -> int:
-        place = self._places.setdefault(word, len(self.words))
-        if place == len(self.words):
-            self.words.append(word)
+        with self._lock:  # batches may be judged at once
+            place = self._places.setdefault(word, len(self.words))
+            if place == len(self.words):
+                self.words.append(word)
         return place
 
-    def _highest(self, spoken: Mapping[str, Spoken], n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and margins [n, N], the highest of the channels."""
-        if len(spoken) == 1:
-            (only,) = spoken.values()
-            if len(only.row) == n:
-                return only.scored.nodes, only.scored.margins
-        nodes = np.zeros((n, len(self.table.ids)))
-        margins = np.full_like(nodes, -np.inf)
-        for own in spoken.values():
-            nodes[own.row] = np.maximum(nodes[own.row], own.scored.nodes)
-            margins[own.row] = np.maximum(margins[own.row], own.scored.margins)
-        return nodes, margins
-
     def _listed(
-        self, nodes: np.ndarray, margins: np.ndarray
+        self, spoken: Mapping[str, Spoken], n: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Item, node, score and place in the cone of the nodes that apply, best first: categories
         and concepts; a domain where none of its categories does."""
-        item, node = np.nonzero(nodes >= LIST_FROM)
-        active = self._active[node]
-        item, node = item[active], node[active]
+        size = len(self._rank)
+        found = []
+        for own in spoken.values():
+            row, node = np.nonzero(own.scored.nodes >= LIST_FROM)
+            active = self._active[node]
+            found.append(own.row[row[active]] * size + node[active])
+        pairs = np.concatenate([np.empty(0, dtype=int), *found])
+        item, node = np.divmod(np.unique(pairs) if len(found) > 1 else pairs, size)
         domain, root = self._is_domain[node], self._root[node]
-        covered = np.zeros((len(nodes), self._root.max(initial=0) + 1), dtype=bool)
+        covered = np.zeros((n, self._root.max(initial=0) + 1), dtype=bool)
         covered[item[~domain], root[~domain]] = True
         kept = ~(domain & covered[item, root])
         item, node = item[kept], node[kept]
-        score = rounded(nodes[item, node])
-        parts = 10**DIGITS
+        score, margin = np.zeros(len(item)), np.full(len(item), -np.inf)
+        for own in spoken.values():  # the highest of the channels
+            place = np.full(n, -1)
+            place[own.row] = np.arange(len(own.row))
+            at = np.flatnonzero(place[item] >= 0)
+            row, column = place[item[at]], node[at]
+            score[at] = np.maximum(score[at], own.scored.nodes[row, column])
+            margin[at] = np.maximum(margin[at], own.scored.margins[row, column])
+        score, parts = rounded(score), 10**DIGITS
         below = parts - np.rint(score * parts).astype(np.int64)
-        order = np.argsort((item * (parts + 1) + below) * len(self._rank) + self._rank[node])
-        item, node, score = item[order], node[order], score[order]
-        return item, node, score, margins[item, node] > 0
+        order = np.argsort((item * (parts + 1) + below) * size + self._rank[node])
+        return item[order], node[order], score[order], margin[order] > 0
 
     # ------------------------------------------------------------ writing
 
@@ -283,19 +304,20 @@ class ColumnJudge:
         made = [matrix(c, self.stored.dim) for c in columns]
         valid = [_valid(c) for c in columns]
         n = batch.num_rows
-        own = {name: np.zeros(n, dtype=bool) for name in CHANNELS}
-        for name, said in found.spoken.items():
-            own[name][said.row] = many[said.row]
-        image, text, read = (own[name] for name in CHANNELS)
+        has = {name: np.zeros(n, dtype=bool) for name in CHANNELS}
+        for name, own in found.spoken.items():
+            has[name][own.row] = many[own.row]
+        image, text, read = (has[name] for name in CHANNELS)
         # first the picture, else the text; then what was read in the picture, else the text
         chosen = (
             {"image": image, "text": text & ~image, "ocr": read & ~image & ~text},
             {"ocr": read & (image | text), "text": text & image & ~read},
         )
-        for k, of in enumerate(chosen):
-            for name, said in found.spoken.items():
-                use = of[name][said.row] if name in of else np.zeros(len(said.row), dtype=bool)
-                made[k][said.row[use]] = said.vectors[use]
+        for into, of in zip(made, chosen, strict=True):
+            for name in of.keys() & found.spoken.keys():
+                own = found.spoken[name]
+                use = of[name][own.row]
+                into[own.row[use]] = own.vectors[use]
         return vector_column(made[0], valid[0]), vector_column(made[1], valid[1])
 
     def lines(self, batch: pa.RecordBatch, found: Verdicts) -> memoryview:
@@ -323,7 +345,8 @@ class ColumnJudge:
         ends = _chosen([', "in_cone": false}', ', "in_cone": true}'], found.in_cone)
         listed = _joined(self._heads.take(pa.array(found.node)), _numbers(found.score), ends)
         offsets = np.concatenate(([0], np.cumsum(np.bincount(found.item, minlength=n))))
-        return pc.binary_join(pa.LargeListArray.from_arrays(pa.array(offsets), listed), ", ")
+        lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), listed)
+        return pc.binary_join(lists, pa.scalar(", ", TEXT))
 
     def _channels(self, batch: pa.RecordBatch, found: Verdicts) -> list[pa.Array]:
         """The parts of the record of channels."""
@@ -359,7 +382,7 @@ def _riskiest(row: np.ndarray, risk: np.ndarray) -> np.ndarray:
     return found[firsts]
 
 
-def _taken(values: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
+def _taken(values: Any, rows: np.ndarray) -> Any:
     return None if values is None else values[rows]
 
 

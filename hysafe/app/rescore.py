@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from hysafe.app.columns import RATINGS, ColumnJudge, Verdicts
 from hysafe.app.gallery import Card, card_of, write_gallery
 from hysafe.app.lock import lock
 from hysafe.app.pipeline import SafetyModel
@@ -20,12 +28,12 @@ from hysafe.app.scan import (
     Shown,
     collection_meta,
     report_scan,
-    result_line,
     result_of_line,
 )
 from hysafe.app.stored import judge_items, read_media, view_of
 from hysafe.errors import CollectionError, InputError
 from hysafe.index import Collection, CollectionMeta, CollectionWriter, Decision, EncodedItem, Row
+from hysafe.index.collection import ENCODED, decode_rows
 from hysafe.taxonomy import Policy, PolicyView, Taxonomy
 from hysafe.types import Result
 
@@ -36,6 +44,12 @@ __all__ = [
 
 # Changes of a kind that are kept with their items, to be shown.
 EXAMPLES = 60
+# Items judged at once: the scores of more no longer fit into memory that the system hands out
+# again without clearing it, which takes longer than the arithmetic.
+BATCH = 4096
+Given = TypeVar("Given")
+Made = TypeVar("Made")
+RATING_NAMES = pa.array(RATINGS, pa.string())
 
 
 @dataclass(frozen=True)
@@ -101,18 +115,33 @@ class Diff:
                 found[f"newly {new}"] += count
         return found | {"moved": sum(self.moved.values())}
 
-    def add(self, change: Change) -> None:
-        """Count an item."""
-        self.ratings[change.before, change.result.rating] += 1
-        kind = f"newly {change.result.rating}"
-        if change.before == change.result.rating:
-            if change.node == change.node_before:
-                return
-            self.moved[change.node_before or "", change.node or ""] += 1
-            kind = "moved"
-        kept = self.examples.setdefault(kind, [])
-        if len(kept) < EXAMPLES:
-            kept.append(change)
+    def add(
+        self, before: pa.Array, now: pa.Array, node_before: pa.Array, node: pa.Array
+    ) -> dict[int, str]:
+        """Count a batch: old and new ratings and first nodes [n].
+
+        Returns:
+            Place -> kind of the items that :meth:`keep` has room for.
+        """
+        old, new = (pc.index_in(r, RATING_NAMES).to_numpy() for r in (before, now))
+        size = len(RATINGS)
+        pairs = np.bincount(old * size + new, minlength=size * size)
+        for pair in np.flatnonzero(pairs).tolist():
+            self.ratings[RATINGS[pair // size], RATINGS[pair % size]] += int(pairs[pair])
+        nodes = [pc.fill_null(n, "") for n in (node_before, node)]
+        moved = (old == new) & pc.not_equal(*nodes).to_numpy(zero_copy_only=False)
+        mask = pa.array(moved)
+        self.moved.update(zip(*(n.filter(mask).to_pylist() for n in nodes), strict=True))
+        kinds = {f"newly {r}": (old != new) & (new == k) for k, r in enumerate(RATINGS)}
+        wanted: dict[int, str] = {}
+        for kind, found in (kinds | {"moved": moved}).items():
+            room = EXAMPLES - len(self.examples.get(kind, ()))
+            wanted |= dict.fromkeys(np.flatnonzero(found)[:room].tolist(), kind)
+        return dict(sorted(wanted.items()))
+
+    def keep(self, change: Change, kind: str) -> None:
+        """Keep a change as an example."""
+        self.examples.setdefault(kind, []).append(change)
 
 
 @dataclass
@@ -188,34 +217,53 @@ def _rescore(
     summary = RescoreSummary(ScanSummary(target), Diff())
     shown: list[tuple[EncodedItem, Result]] = []
     room = Shown()
+    judge = ColumnJudge(model, view, stored, meta)
+    old, decisions = _OldLines(collection.folder / RESULTS), collection.decisions()
     partial = target / f"{RESULTS}.part"
     try:
-        lines = partial.open("w", encoding="utf-8")
+        lines = partial.open("wb")
     except OSError as error:
         raise InputError(
             f"{partial}: cannot be written ({error.strerror}). Name another folder with --out."
         ) from error
-    with lines:
+    with lines, old:
 
-        def judged() -> Iterator[list[Row]]:
-            old, decisions = _old_ratings(collection), collection.decisions()
-            for items in collection.items():
-                rows = [j.row for j in judge_items(collection, model, view, items)]
-                for row in rows:
-                    lines.write(result_line(row.result))
-                    summary.scan.count(row.result)
+        def results(batch: pa.RecordBatch, places: Sequence[int]) -> list[Row]:
+            items = decode_rows(batch.take(pa.array(places, pa.int64())), stored)
+            return [j.row for j in judge_items(collection, model, view, items)]
+
+        def work(batch: pa.RecordBatch) -> tuple[pa.RecordBatch, Verdicts, pa.RecordBatch, Any]:
+            found = judge.judge(batch)
+            return batch, found, judge.rows(batch, found), judge.lines(batch, found)
+
+        def judged() -> Iterator[pa.RecordBatch]:
+            batches = collection.batches([*ENCODED, "rating", "node"], size=BATCH)
+            for batch, found, rows, told in _ahead(work, batches):
+                lines.write(told)
+                wanted = summary.diff.add(
+                    batch["rating"], rows["rating"], batch["node"], rows["node"]
+                )
+                for (k, kind), row in zip(
+                    wanted.items(), results(batch, list(wanted)), strict=True
+                ):
+                    before, node = batch["rating"][k].as_py(), batch["node"][k].as_py()
+                    line = old.line(summary.scan.items + k)
                     decision = decisions.get(row.item.id)
-                    rating, node, line = next(old)
-                    summary.diff.add(Change(row.item, row.result, rating, node, decision, line))
-                    if report and room.wants(row.result):
+                    change = Change(row.item, row.result, before, node, decision, line)
+                    summary.diff.keep(change, kind)
+                if report:
+                    safe = found.rating == RATINGS.index("safe")
+                    places = [np.flatnonzero(safe == s)[: room.room(safe=s)] for s in (True, False)]
+                    for row in results(batch, np.sort(np.concatenate(places)).tolist()):
                         room.add(row.result, row.item.text or row.item.read_text, None)
                         shown.append((row.item, row.result))
+                _count(summary.scan, found, rows)
                 if progress:
                     progress(summary.scan.items)
                 yield rows
 
         try:
-            summary.version = CollectionWriter.write(target, meta, judged())
+            summary.version = CollectionWriter.write_columns(target, meta, judged())
         except BaseException:  # an interrupted rescore leaves the collection as it was
             partial.unlink(missing_ok=True)
             raise
@@ -275,18 +323,57 @@ def _report(
     report_scan(target, model, view, whole, "")
 
 
-def _old_ratings(collection: Collection) -> Iterator[tuple[str, str | None, str]]:
-    """Old rating, first node and line of results.jsonl of each item."""
-    with ExitStack() as stack:
-        lines: Iterator[str] = iter(())
+def _ahead(work: Callable[[Given], Made], given: Iterable[Given]) -> Iterator[Made]:
+    """Work on each in turn, on as many at once as torch would take threads for one."""
+    threads = torch.get_num_threads()
+    waiting: deque[Future[Made]] = deque()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for one in given:
+                waiting.append(pool.submit(work, one))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+            torch.set_num_threads(threads)
+
+
+def _count(summary: ScanSummary, found: Verdicts, rows: pa.RecordBatch) -> None:
+    """Count a batch, as :meth:`ScanSummary.count` does row by row."""
+    summary.items += rows.num_rows
+    risky = rows["node"].filter(pa.array(found.rating != RATINGS.index("safe")))
+    for counter, column in (
+        (summary.ratings, rows["rating"]), (summary.errors, rows["error"]), (summary.nodes, risky)
+    ):  # fmt: skip
+        for counted in column.drop_null().value_counts().to_pylist():
+            counter[counted["values"]] += counted["counts"]
+
+
+class _OldLines:
+    """Lines of results.jsonl as it stood, of which few are wanted; "" where there is none."""
+
+    def __init__(self, path: Path) -> None:
+        self._lines: BinaryIO | None = None
         with suppress(OSError):  # a collection without its lines is judged all the same
-            opened = (collection.folder / RESULTS).open(encoding="utf-8", errors="replace")
-            lines = stack.enter_context(opened)
-        for batch in collection.batches(["rating", "node"]):
-            for rating, node in zip(
-                batch["rating"].to_pylist(), batch["node"].to_pylist(), strict=True
-            ):
-                yield rating, node, next(lines, "")
+            self._lines = path.open("rb")
+        self._next = 0
+
+    def __enter__(self) -> _OldLines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lines is not None:
+            self._lines.close()
+
+    def line(self, place: int) -> str:
+        """The line at a place, which is beyond that of the last call."""
+        if self._lines is None:
+            return ""
+        skip, self._next = place - self._next, place + 1
+        return next(islice(self._lines, skip, None), b"").decode("utf-8", "replace")
 
 
 def policy_names(before: CollectionMeta, now: Policy) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from hysafe.app.pipeline import Judgement, SafetyModel, ScanOptions
 from hysafe.app.report import ReportData, write_report
 from hysafe.data.images import thumbnail
 from hysafe.data.inputs import InputReader
+from hysafe.data.remote import local_folder
 from hysafe.errors import CollectionError, InputError
 from hysafe.index import CollectionMeta, EncodedItem
 from hysafe.index.collection import TABLE, Collection, matrix
@@ -97,8 +98,8 @@ def scan(
     is not encoded again. Items of the same content are encoded once and have a row each.
 
     Args:
-        paths: pictures, folders, Parquet, JSONL, text files, or ``-``.
-        out: made if missing.
+        paths: pictures, folders, Parquet, JSONL, text files, addresses of them, or ``-``.
+        out: local; made if missing.
         model, policy, ocr, options: see :meth:`SafetyModel.judge`.
         report: write report.html.
         text_column, image_column: of tables.
@@ -110,6 +111,7 @@ def scan(
         InputError: a path does not exist, `out` cannot be written, or another process writes there.
         CollectionError: the disk is full; what was written is kept.
     """
+    out = local_folder(out, "--out")
     reader = InputReader(
         paths, text_column=text_column, image_column=image_column, exclude=[str(out)]
     )

@@ -28,6 +28,7 @@ class TextTowerTask(EncoderTask):
     Args:
         label_smoothing: of the leaves.
         text_dropout: on text features, before the classifier.
+        text_from: folders of earlier stages; this one starts from the mean of their text towers.
         others: as for :class:`EncoderTask`.
     """
 
@@ -44,6 +45,7 @@ class TextTowerTask(EncoderTask):
         text_layers: int = 6,
         text_lr: float = 1e-4,
         context_length: int = 64,
+        text_from: list[str] | None = None,
     ) -> None:
         super().__init__(
             image_tower, image_size=image_size, dim=dim, lora_rank=0, head_lr=head_lr,
@@ -51,6 +53,8 @@ class TextTowerTask(EncoderTask):
             context_length=context_length,
         )  # fmt: skip
         self.label_smoothing, self.text_dropout = label_smoothing, text_dropout
+        if text_from:
+            self.encoder.towers.take(text_from, "text")
         self.encoder.requires_grad_(False)
         self.encoder.towers.lock_text()
 

@@ -263,8 +263,7 @@ def uploading(address: str) -> Iterator[Path]:
         for file in sorted(f for f in Path(folder).rglob("*") if f.is_file()):
             inner = file.relative_to(folder).as_posix()
             try:
-                with _answers():
-                    fs.makedirs(posixpath.dirname(join(path, inner)), exist_ok=True)
+                with _answers():  # no makedirs: it would make a bucket of a slip of the pen
                     fs.put_file(str(file), join(path, inner))
             except OSError as error:
                 raise InputError(
