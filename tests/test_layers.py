@@ -34,6 +34,7 @@ OF_THE_PACKAGE = {"__version__"}
 # third-party library -> the only files (or folders, ending in /) that import it
 HOMES = {
     "datasets": ("data/sources.py",),
+    "fsspec": ("data/remote.py",),
     "geoopt": ("geometry/geoopt_bridge.py",),
     "lancedb": ("index/collection.py",),
     "lightning": ("data/datamodule.py", "app/"),

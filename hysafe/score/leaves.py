@@ -109,59 +109,63 @@ def score_margins(
         slope, offset: Platt calibration of the log odds of risk.
         temperature: of the distribution over categories, given risk.
     """
-    logits = margins[:, table.leaves] * scale  # [B, L]
+    # node by node, so that a choice of nodes is a choice of whole rows
+    by_node = margins.T.contiguous()  # [N, B]
+    logits = by_node.index_select(0, table.leaves) * scale  # [L, B]
     risk, inactive = table.risk, table.inactive
     safe = ~(risk | inactive)
-    shares = _concept_shares(margins, table, scale / temperature)  # [B, K]
-    at_risk, let_off = _split(logits, shares, table)  # [B, L] each
+    shares = _concept_shares(by_node, table, scale / temperature)  # [K, B]
+    at_risk, let_off = _split(logits, shares, table)  # [L, B] each
 
-    looks_risky = _mass(logits[:, risk | inactive]) - _mass(logits[:, safe])
-    evidence = _mass(at_risk[:, risk]) - _mass(
-        torch.cat((logits[:, ~risk], let_off[:, table.mixed]), -1)
-    )
+    looks_risky = _mass(logits[risk | inactive]) - _mass(logits[safe])
+    evidence = _mass(at_risk[risk]) - _mass(torch.cat((logits[~risk], let_off[table.mixed])))
     p_unsafe = (
         torch.sigmoid(slope * evidence + offset) if bool(risk.any()) else torch.zeros_like(evidence)
     )
-    within = torch.zeros_like(logits)
+    leaf = torch.zeros_like(logits)
     if bool(risk.any()):
-        gain = at_risk[:, risk] - logits[:, risk]  # log of the active share
-        within[:, risk] = torch.softmax(logits[:, risk] / temperature + gain, dim=-1)
-    leaf = within * p_unsafe[:, None]
-    nodes = torch.minimum(leaf @ table.below.to(leaf.dtype), p_unsafe[:, None])  # sums round up
+        gain = at_risk[risk] - logits[risk]  # log of the active share
+        leaf[risk] = torch.softmax(logits[risk] / temperature + gain, dim=0) * p_unsafe
+    nodes = torch.minimum(table.below.T.to(leaf.dtype) @ leaf, p_unsafe)  # sums round up
     if len(table.concepts):
-        on = shares * table.concept_active
+        on = shares * table.concept_active[:, None]
         total = _per_leaf(on, table).clamp_min(torch.finfo(on.dtype).tiny)
-        within_category = on / total[:, table.concept_leaf]  # at most 1
-        nodes[:, table.concepts] = leaf[:, table.concept_leaf] * within_category
+        part = leaf / total  # [L, B]; the share of a concept in its category is at most 1
+        nodes[table.concepts] = torch.minimum(
+            on * part.index_select(0, table.concept_leaf),
+            leaf.index_select(0, table.concept_leaf),
+        )
     # both must hold: it looks risky, and no active cone holds it
-    held = torch.cat((at_risk[:, risk], torch.full_like(logits[:, :1], NOTHING)), -1).amax(-1)
+    held = torch.cat((at_risk[risk], torch.full_like(logits[:1], NOTHING))).amax(0)
     policy_evidence = torch.minimum(looks_risky, -held)
-    return LeafScores(p_unsafe, nodes, evidence, policy_evidence, -logits.logsumexp(-1))
+    return LeafScores(
+        p_unsafe, nodes.T.contiguous(), evidence, policy_evidence, -logits.logsumexp(0)
+    )
 
 
 def _mass(logits: Tensor) -> Tensor:
-    """logsumexp [B] of [B, M]; NOTHING where there is none."""
-    return torch.cat((logits, logits.new_full((len(logits), 1), NOTHING)), -1).logsumexp(-1)
+    """logsumexp [B] of [M, B]; NOTHING where there is none."""
+    return torch.cat((logits, logits.new_full((1, logits.shape[1]), NOTHING))).logsumexp(0)
 
 
 def _concept_shares(margins: Tensor, table: NodeTable, scale: float) -> Tensor:
-    """Softmax of each category's concepts by their own cones, [B, K]."""
-    logits = margins[:, table.concepts] * scale
+    """Softmax of each category's concepts by their own cones, [K, B]."""
+    logits = margins.index_select(0, table.concepts) * scale
     groups = table.concept_leaf
-    peak = torch.full((len(logits), len(table.leaves)), -torch.inf, dtype=logits.dtype)
-    peak.scatter_reduce_(1, groups.expand_as(logits), logits, "amax")
-    weight = torch.exp(logits - peak[:, groups])
-    return weight / _per_leaf(weight, table)[:, groups]
+    peak = logits.new_full((len(table.leaves), logits.shape[1]), -torch.inf)
+    peak = peak.scatter_reduce(0, groups[:, None].expand_as(logits), logits.detach(), "amax")
+    weight = torch.exp(logits - peak.index_select(0, groups))
+    return weight / _per_leaf(weight, table).index_select(0, groups)
 
 
 def _per_leaf(values: Tensor, table: NodeTable) -> Tensor:
-    """Sum of concept values [B, K] by category, [B, L]; 0 for leaves without concepts."""
-    total = torch.zeros(len(values), len(table.leaves), dtype=values.dtype)
-    return total.scatter_add_(1, table.concept_leaf.expand_as(values), values)
+    """Sum of concept values [K, B] by category, [L, B]; 0 for leaves without concepts."""
+    total = values.new_zeros((len(table.leaves), values.shape[1]))
+    return total.index_add(0, table.concept_leaf, values)
 
 
 def _split(logits: Tensor, shares: Tensor, table: NodeTable) -> tuple[Tensor, Tensor]:
-    """Leaf logits [B, L] split by the share of each leaf's concepts that the policy leaves on.
+    """Leaf logits [L, B] split by the share of each leaf's concepts that the policy leaves on.
 
     Returns:
         logits of the part at risk and of the part let off (NOTHING where all is at risk).
@@ -169,8 +173,9 @@ def _split(logits: Tensor, shares: Tensor, table: NodeTable) -> tuple[Tensor, Te
     nothing = torch.full_like(logits, NOTHING)
     if not bool(table.mixed.any()):
         return logits, nothing
-    active = _per_leaf(shares * table.concept_active, table)
-    rest = _per_leaf(shares * ~table.concept_active, table)
+    active = _per_leaf(shares * table.concept_active[:, None], table)
+    rest = _per_leaf(shares * ~table.concept_active[:, None], table)
     on = (logits + active.log()).clamp_min(NOTHING)
     off = (logits + rest.log()).clamp_min(NOTHING)
-    return torch.where(table.mixed, on, logits), torch.where(table.mixed, off, nothing)
+    mixed = table.mixed[:, None]
+    return torch.where(mixed, on, logits), torch.where(mixed, off, nothing)

@@ -143,7 +143,7 @@ def test_under_the_policy_of_the_scan_nothing_changes_in_a_byte(
         ("image", "text", "ocr"), ("image", "ocr"), ("text",), ("image",), ()
     }  # fmt: skip
     assert max(len(p) for i in items for p in i.points.values()) == 32
-    monkeypatch.setattr("hysafe.index.collection.READ_ROWS", 7)  # other batches than the scan's
+    monkeypatch.setattr("hysafe.app.rescore.BATCH", 7)  # other batches than the scan's
     summary = rescore(collection, model, policy, out=tmp_path / "two")
     assert (tmp_path / "two/results.jsonl").read_bytes() == (
         tmp_path / "old/results.jsonl"
@@ -209,7 +209,7 @@ def test_a_rescore_that_fails_leaves_everything_as_it_was(
 ) -> None:
     collection, folder = default, default.folder
     before = (folder / "results.jsonl").read_bytes()
-    monkeypatch.setattr("hysafe.index.collection.READ_ROWS", 7)
+    monkeypatch.setattr("hysafe.app.rescore.BATCH", 7)
 
     def fail(done: int) -> None:
         if done > 7:

@@ -103,4 +103,5 @@ def test_core_and_long_texts_are_apart(samples: list[Sample]) -> None:
     assert all(s.pair for s in long)
     assert {s.extra["split"] for s in long} == set(SPLITS)
     rest = [s for s in samples if s not in core and s not in long]
-    assert rest and all(s.extra["functionality"] for s in rest)
+    assert rest
+    assert all(s.extra["functionality"] for s in rest)
