@@ -98,7 +98,7 @@ def small_contrast(monkeypatch: pytest.MonkeyPatch) -> None:
     samples = {
         split: [
             Sample(f"{split}-{node}-{i}-{safe}", "contrast", f"{node} {safe} {split} {i}", None,
-                   (f"S.{node}" if safe else node,), safe, f"{node}-{i}", {"functionality": None, "concept": None})
+                   (f"S.{node}" if safe else node,), safe, f"{node}-{i}", {"functionality": None, "concept": None, "form": None})
             for node in ("1.2", "2.1", "6.1", "7.2") for i in range(count) for safe in (True, False)
         ]
         for split, count in (("train", 8), ("validation", 5), ("test", 4))
