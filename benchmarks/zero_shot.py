@@ -20,7 +20,7 @@ from hysafe.data.images import decode
 from hysafe.data.sources import data_root, iter_samples
 from hysafe.evaluate.metrics import detection
 from hysafe.evaluate.novelty_data import read_held_out
-from hysafe.geometry import Points
+from hysafe.geometry import Points, get_space
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
         feature = encoder.node_features([phrases])
         with torch.inference_mode():
             query: Points = encoder.lift("text", feature)
-            distance = query.geometry.pairwise_dist(pictures, query.space, encoder.c)[:, 0]
+            distance = get_space(query.geometry).pairwise_dist(pictures, query.space, encoder.c)[:, 0]
         wanted = torch.tensor([n == name for n in names])
         near = branch(name, chains)
         kin = torch.tensor([n in near for n in names])
