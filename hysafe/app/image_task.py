@@ -107,7 +107,9 @@ class ImageTowerTask(EncoderTask):
     def training_step(self, batch: Any, index: int) -> Tensor:
         pictures = batch["image"]
         pixels = random_resized_crop_flip(
-            pictures["pixels"].float(), self._side(), scale=(self.crop, 1.0)
+            pictures["pixels"].float(),
+            self.training_side(self.train_sizes),
+            scale=(self.crop, 1.0),
         )
         pixels = colour_jitter(pixels, self.jitter)
         labels = others = pictures["classes"]
@@ -138,12 +140,6 @@ class ImageTowerTask(EncoderTask):
             self.log_terms(terms)
             self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return loss
-
-    def _side(self) -> int:
-        """Side of the training pictures at this point of the training."""
-        total = max(1.0, float(self.trainer.estimated_stepping_batches))
-        progress = self.global_step / total
-        return int(max((s for s in self.train_sizes if s[0] <= progress), key=lambda s: s[0])[1])
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         parts = nn.ModuleList([self.encoder.towers.model.visual, self.classifier])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -132,6 +133,11 @@ class EncoderTask(L.LightningModule):
             return self.text_lr
         return self.lr if name.startswith("encoder.towers") else self.head_lr
 
+    def training_side(self, sizes: list[list[float]]) -> int:
+        """Side of the training pictures now, from [[share of training from which on, side], ...]."""
+        progress = self.global_step / max(1, int(self.trainer.estimated_stepping_batches))
+        return int(max((s for s in sizes if s[0] <= progress), key=lambda s: s[0])[1])
+
     def monitor_scalars(self) -> dict[str, float]:
         """Curvature, scales and whether a bound saturates."""
         values = {"monitor/curvature": float(self.encoder.curvature().detach())}
@@ -221,7 +227,7 @@ class TaxonomyTask(EncoderTask):
         phrases: int | None = None,
         init_from: str | None = None,
         image_from: str | None = None,
-        text_from: str | list[str] | None = None,
+        text_from: str | None = None,
         freeze_image: bool = False,
         freeze_text: bool = False,
         image_views: int = 2,
@@ -268,8 +274,7 @@ class TaxonomyTask(EncoderTask):
         if image_from is not None:
             self.encoder.towers.take([image_from], "visual")
         if text_from is not None:
-            folders = [text_from] if isinstance(text_from, str) else text_from
-            self.encoder.towers.take(folders, "text")
+            self.encoder.towers.take([text_from], "text")
         self.freeze_image, self.image_views = freeze_image, image_views
         self.feature_cache = feature_cache
         if freeze_image:
@@ -384,7 +389,8 @@ class TaxonomyTask(EncoderTask):
         """Features from `feature_cache`, where the same tower has encoded the same content."""
         if self.feature_cache is None:
             return make().to(self.device)
-        digest = hashlib.sha256()
+        architecture = json.dumps(self.encoder.towers.architecture, sort_keys=True)
+        digest = hashlib.sha256(architecture.encode())
         for name, value in sorted(self.encoder.towers.own_state().items()):
             if f"model.{part}." in name:
                 digest.update(name.encode())
@@ -521,8 +527,7 @@ class TaxonomyTask(EncoderTask):
         return F.cross_entropy(logits, position) + inside
 
     def _augment(self, pixels: Tensor) -> Tensor:
-        progress = self.global_step / max(1, int(self.trainer.estimated_stepping_batches))
-        size = int(max((s for s in self.train_sizes if s[0] <= progress), key=lambda s: s[0])[1])
+        size = self.training_side(self.train_sizes)
         x = pixels.float()
         if not self.augment:
             return x if size == x.shape[-1] else F.interpolate(x, size=size, mode="area")

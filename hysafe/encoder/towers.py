@@ -188,17 +188,13 @@ class Towers(nn.Module):
         """Token ids [B, T] -> features [B, E] (not normalised)."""
         return self.model.encode_text(tokens)  # type: ignore[operator]
 
-    def tokenize(self, texts: Sequence[str], *, limit: int | None = None) -> Tensor:
-        """Token ids [B, T]; T is the longest text's length where the tower allows it.
-
-        Args:
-            limit: cut texts to fewer tokens than the tower takes (training).
-        """
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Token ids [B, T]; T is the longest text's length where the tower allows it."""
         if self._hf_tokenizer is None:
             return self._tokenizer(list(texts))  # type: ignore[no-any-return]
         batch = self._hf_tokenizer(
             list(texts),
-            max_length=min(limit or self.context_length, self.context_length),
+            max_length=self.context_length,
             padding=True,
             truncation=True,
             return_tensors="pt",

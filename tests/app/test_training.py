@@ -16,6 +16,7 @@ from hysafe.app.image_task import ancestor_cross_entropy, colour_jitter, paste_b
 from hysafe.app.tasks import random_resized_crop_flip
 from hysafe.app.training import embed_main
 from hysafe.encoder import HyperbolicEncoder
+from hysafe.evaluate.novelty_data import read_held_out
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "embed"
 
@@ -95,6 +96,12 @@ def test_every_config_names_real_settings(path: Path) -> None:
         module, _, name = config[part]["class_path"].rpartition(".")
         known = inspect.signature(getattr(import_module(module), name)).parameters
         assert set(config[part]["init_args"]) <= set(known)
+
+
+@pytest.mark.parametrize("name", ["held_out", "held_out_image"])
+def test_held_out_configs_leave_out_the_classes_of_the_novelty_suite(name: str) -> None:
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    assert config["data"]["init_args"]["exclude_classes"] == read_held_out()
 
 
 def test_crops_keep_range_and_shape() -> None:
