@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hysafe.geometry import Points, lorentz
+from hysafe.geometry import Points
 from hysafe.index import EncodedItem
 from hysafe.index import search as search_module
 from hysafe.index.search import PointIndex
@@ -94,7 +94,7 @@ def encode(generator: np.random.Generator) -> tuple[dict[str, np.ndarray], float
     model = load("mini")
     texts: list[str] = []
     for path in sorted((data / "text").glob("*.jsonl")):
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8").strip().split("\n")  # a text may hold other line ends
         chosen = generator.permutation(len(lines))[:TEXTS_PER_SET]
         texts += [json.loads(lines[i])["text"][:TEXT_LENGTH] for i in chosen]
     texts = sorted({t for t in texts if t.strip()}, key=len)
@@ -403,41 +403,6 @@ ENGINES: dict[str, tuple[Callable[[np.ndarray], Look], tuple[int, ...]]] = {
 }
 
 
-# ---------------------------------------------------------------- storage
-
-
-def storage(index: PointIndex, queries: dict[str, Points]) -> None:
-    """Recall after rerank where the shortlist comes from narrower numbers."""
-
-    def by_row(x: torch.Tensor) -> torch.Tensor:
-        scale = x.abs().amax(dim=1, keepdim=True) / 127
-        return (x / scale).round() * scale
-
-    narrow = {"bf16": lambda x: x.bfloat16().float(), "int8": by_row}
-    for kind, q in queries.items():
-        wanted = index.search(q, K)
-        v = q.tangent().float()
-        weight = torch.from_numpy(index._bounding(q.tangent().double()))
-        for name, rounded in narrow.items():
-            for what, stored in (("product", index.matrix), ("tangents", index.tangents)):
-                best: list[tuple[torch.Tensor, torch.Tensor]] = []
-                for low in range(0, len(index), 65536):
-                    block = rounded(torch.from_numpy(stored[low : low + 65536]))
-                    score = weight @ block.T if what == "product" else -distances(v, block, index.c)
-                    top, place = score.topk(min(SHORTLIST, len(block)), dim=1)
-                    best.append((top, place + low))
-                score, places = (torch.cat(part, 1) for part in zip(*best, strict=True))
-                for size in (64, SHORTLIST):
-                    chosen = places.gather(1, score.topk(size, dim=1)[1]).numpy()
-                    got = recall(rerank(index, q, chosen), wanted)
-                    print(f"  {kind}, {name} {what}, shortlist {size}: recall@{K} {got:.4f}")
-
-
-def distances(query: torch.Tensor, tangents: torch.Tensor, c: float) -> torch.Tensor:
-    x, y = (lorentz.exp_map0(t.double(), c) for t in (query, tangents))
-    return lorentz.pairwise_dist(x, y, c)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -453,7 +418,6 @@ def main() -> None:
         "--shares", type=lambda x: [float(y) for y in x.split(",")],
         default=[0.01, 0.02, 0.04, 0.06, 0.08, 0.12], help="of the points to read, ascending",
     )  # fmt: skip
-    parser.add_argument("--storage", action="store_true", help="recall of bf16 and int8")
     parser.add_argument("--no-exact", action="store_true")
     parser.add_argument("--no-cells", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
@@ -490,8 +454,6 @@ def main() -> None:
             approximate(args.shares, index, queries, args.repeats, clock)
         if args.engines:
             engines(args.engines.split(","), index, queries, args.repeats, clock)
-        if args.storage:
-            storage(index, queries)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"peak memory {peak:,.0f} MiB")
 

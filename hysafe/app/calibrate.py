@@ -546,7 +546,7 @@ def _with_thresholds(
     """
     rules = dict(view.policy.rules)
     name = view.policy.name.removesuffix(" calibrated") + " calibrated"
-    policy = Policy(name.removeprefix("default "), rules, view.policy.origin)
+    policy = replace(view.policy, name=name.removeprefix("default "), rules=rules)
     made = PolicyView(policy, view.taxonomy)
 
     def put(node: str, threshold: float) -> None:

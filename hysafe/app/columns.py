@@ -216,7 +216,7 @@ class ColumnJudge:
     def _rated(self, said: Scored) -> np.ndarray:
         """Words of the rating by scores alone: the triage is asked once for each case it tells
         apart."""
-        triage, risk = self.model.triage, said.risk
+        triage, risk = self.model.triage_of(self.table.view), said.risk
         cases = [said.over, np.isnan(risk), risk >= triage.unsafe_from, risk >= triage.review_from]
         if said.distribution is not None:
             cases.append(said.distribution > triage.novelty_level)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -20,16 +20,18 @@ from hysafe.app.known import Known, groups
 from hysafe.data.decoding import DECODE_MEMORY, DECODE_SECONDS, DecodePool
 from hysafe.data.images import content_hash, decode, to_pixels
 from hysafe.data.inputs import iter_items
+from hysafe.encoder.head import example_direction
 from hysafe.encoder.model import HyperbolicEncoder, bank_hash
 from hysafe.encoder.pretrained import BUNDLED, load_encoder, resolve_folder
 from hysafe.encoder.towerless import TowerlessEncoder
-from hysafe.errors import HysafeError, InputError
+from hysafe.errors import ConfigError, HysafeError, InputError
 from hysafe.geometry import Points
 from hysafe.index import Collection, EncodedItem, Row
 from hysafe.score.calibration import Calibration, conformal_p_values
 from hysafe.score.leaves import LeafScores, NodeTable, score_margins
 from hysafe.score.triage import TriagePolicy, weighted_risk
 from hysafe.taxonomy import Policy, PolicyView, Taxonomy, load_taxonomy
+from hysafe.taxonomy.policy import Example
 from hysafe.types import ErrorRecord, Hashes, Item, NodeScore, NoveltyScores, Rating, Result
 
 __all__ = [
@@ -199,7 +201,8 @@ class SafetyModel:
         self.hash = self._hash()
         self._cache = cache
         self._features: dict[tuple[str, ...], Tensor] = {}
-        self._views: dict[str, tuple[NodeTable, Points]] = {}
+        self._examples: dict[str, Tensor] = {}
+        self._views: dict[str, _Placed] = {}
         self._stored = self._load_stored()
 
     # ------------------------------------------------------------ points
@@ -229,11 +232,81 @@ class SafetyModel:
         return (policy or Policy()).apply(self.taxonomy)
 
     def place(self, view: PolicyView) -> tuple[NodeTable, Points]:
-        """Node table and cone apexes [N, D] of a view; only unknown phrases are encoded."""
+        """Node table and cone apexes [N, D] of a view; only unknown phrases and example pictures
+        are encoded.
+
+        Raises:
+            ConfigError: an example picture of the policy cannot be read.
+        """
+        placed = self._placed(view)
+        return placed.table, placed.apexes
+
+    def _placed(self, view: PolicyView) -> _Placed:
         key = f"{view.taxonomy.hash}/{view.policy.hash}"
         if key not in self._views:
-            self._views[key] = (NodeTable(view), self._apexes(view.taxonomy))
+            examples = self._example_points(view.policy)  # before any text is encoded
+            table, apexes = NodeTable(view), self._apexes(view.taxonomy)
+            drawn = self._drawn(table, apexes, examples) if examples else apexes
+            self._views[key] = _Placed(table, apexes, drawn)
         return self._views[key]
+
+    def triage_of(self, view: PolicyView) -> TriagePolicy:
+        """Thresholds of the rating under a view: the model's, but for the policy's review band."""
+        band = view.policy.review
+        return replace(
+            self.triage,
+            review_from=self.triage.review_from if band.risk is None else band.risk,
+            novelty_level=self.triage.novelty_level if band.novelty is None else band.novelty,
+        )
+
+    def _drawn(self, table: NodeTable, apexes: Points, examples: Mapping[str, Tensor]) -> Points:
+        """Apexes with those of nodes that have example pictures drawn towards them."""
+        own, placed = self.place(self.view())
+        leaves = torch.nn.functional.normalize(placed.tangent()[own.leaves], dim=-1)
+        tangents, space, common = apexes.tangent(), apexes.space.clone(), leaves.mean(0)
+        for node, points in examples.items():
+            row = table.index[node]
+            tangent = example_direction(tangents[row], points, common) * tangents[row].norm()
+            space[row] = apexes.functions.exp_map0(tangent, apexes.c)
+        return Points(space, apexes.c, apexes.geometry)
+
+    def _example_points(self, policy: Policy) -> dict[str, Tensor]:
+        """Tangent vectors [n, D] of each node's example pictures; only unknown ones are encoded.
+
+        Raises:
+            ConfigError: a picture cannot be read or decoded, or is not the one it was.
+        """
+        pixels: dict[str, np.ndarray] = {}
+        for node, rule in policy.rules.items():
+            for example in rule.examples:
+                known = example.sha256 in self._examples or example.sha256 in pixels
+                if not known and not self._load_example(example.sha256):
+                    where = f"{policy.origin}: node {node}: example {example.file}"
+                    picture = _read_example(example, where, self.encoder.image_size)
+                    pixels[example.sha256] = picture
+        for key, picture in pixels.items():  # one by one: the others of a batch play no part
+            self._examples[key] = self._encode_pixels(torch.from_numpy(picture[None])).tangent()[0]
+            path = self._example_path(key)
+            if path is not None:
+                self._write(path, self._examples[key])
+        return {
+            node: torch.stack([self._examples[key] for key in rule.example_hashes()])
+            for node, rule in policy.rules.items()
+            if rule.examples
+        }
+
+    def _example_path(self, key: str) -> Path | None:
+        """Where the tangent vector of an example picture is kept; the picture is not."""
+        if self._cache is None:
+            return None
+        return self._cache / f"examples-{self.encoder.hash()}" / f"{key}.safetensors"
+
+    def _load_example(self, key: str) -> bool:
+        path = self._example_path(key)
+        if path is None or not path.is_file():
+            return False
+        self._examples[key] = load_file(path)["features"]
+        return True
 
     def _apexes(self, taxonomy: Taxonomy) -> Points:
         banks = [n.phrases for n in taxonomy]
@@ -473,8 +546,8 @@ class SafetyModel:
 
     def _scores(self, points: Points, view: PolicyView, channel: str) -> tuple[Tensor, LeafScores]:
         """Margins [B, N] and calibrated scores of points."""
-        table, apexes = self.place(view)
-        margins = points.margin(apexes)
+        table, apexes, drawn = self._placed(view)
+        margins = points.margin(drawn if channel == "image" else apexes)
         fit = self.calibration.channel(channel)
         return margins, score_margins(
             margins, table, scale=self.encoder.cone_scale_value, slope=fit.slope,
@@ -551,10 +624,11 @@ class SafetyModel:
                             NoveltyScores(None, None), None, {}, error, stamp)  # fmt: skip
             return Judgement(Row(item, result))
         record: dict[str, Any] = {}
+        triage = self.triage_of(table.view)
         ratings: dict[str, tuple[Rating, str]] = {}
         for name, k in spoken.items():
             channel = channels[name]
-            rating, reason = self.triage.rate(
+            rating, reason = triage.rate(
                 channel.risk[k], channel.over[k], channel.novelty[k].distribution
             )
             if rating == "safe" and name in item.cut:
@@ -634,6 +708,15 @@ class SafetyModel:
         digest.update(repr(self.calibration).encode())
         digest.update(repr(self.triage).encode())
         return digest.hexdigest()[:16]
+
+
+class _Placed(NamedTuple):
+    """A view on the space: apexes as phrases place them, and drawn to example pictures, which is
+    where pictures are judged by."""
+
+    table: NodeTable
+    apexes: Points
+    drawn: Points
 
 
 class _Seen(NamedTuple):
@@ -745,6 +828,26 @@ def _image_item(index: int, image: Any) -> Item:
         record = ErrorRecord("InputError", f"{name}: cannot be read ({error}).")
         return Item(name, name, "image", error=record)
     return Item(name, name, "image", image=data, content_hash=content_hash(data, None))
+
+
+def _read_example(example: Example, where: str, size: int) -> np.ndarray:
+    """Pixels [3, size, size] of an example picture of a policy."""
+    try:
+        data = Path(example.file).read_bytes()
+        pixels = to_pixels(decode(data, size=size), size)
+    except OSError as error:
+        raise ConfigError(
+            f"{where}: cannot be read ({error.strerror}). Put it back, or name another in "
+            "`examples` of the policy file and give it again with --policy."
+        ) from error
+    except InputError as error:
+        raise ConfigError(f"{where}: {error} Or remove it from `examples`.") from error
+    if hashlib.sha256(data).hexdigest() != example.sha256:
+        raise ConfigError(
+            f"{where}: not the picture that it was when the policy was read. Put that one back, or "
+            "give the policy file again with --policy."
+        )
+    return pixels
 
 
 def _read_text(ocr: Any, item: Item) -> tuple[str, ErrorRecord | None]:

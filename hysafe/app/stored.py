@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 def stored_policy(meta: CollectionMeta) -> Policy:
     """The policy that a collection's scores and ratings follow."""
-    data = {"name": meta.policy_name, "nodes": dict(meta.rules)}
+    data = {"name": meta.policy_name, "review": dict(meta.review), "nodes": dict(meta.rules)}
     return Policy.from_dict(data, origin="the collection's policy")
 
 

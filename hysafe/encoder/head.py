@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from hysafe.errors import ConfigError
 from hysafe.geometry import BoundedScalar, get_space
 
-__all__ = ["LorentzHead", "NodeHead", "Normalize"]
+__all__ = ["LorentzHead", "NodeHead", "Normalize", "example_direction"]
 
 Normalize = Literal["layer", "unit", "none"]
 
@@ -25,6 +25,10 @@ DEPTH_RADII = (0.26, 0.40, 0.66)
 # collapsing: without it every parent drifts to the origin, where a cone is a half space that holds
 # everything (seen in the first training run; docs/results.md).
 RADIUS_BOUNDS = (0.85, 4.0)
+# Direction of a node with example pictures: its phrases count as so many pictures, and this share
+# of what it has in common with all nodes is taken off. Chosen on half of the classes that
+# `benchmarks/example_pictures.py` asks for.
+PHRASES_COUNT, COMMON_SHARE = 1.0, 0.5
 
 
 class LorentzHead(nn.Module):
@@ -130,3 +134,30 @@ class NodeHead(LorentzHead):
             if space == "lorentz":  # the aperture depends on sqrt(c) * radius alone
                 radius = radius / c.sqrt()
             return get_space(space).exp_map0(direction * radius[:, None], c)
+
+
+def example_direction(
+    phrases: Tensor,
+    examples: Tensor,
+    common: Tensor,
+    *,
+    phrases_count: float = PHRASES_COUNT,
+    common_share: float = COMMON_SHARE,
+) -> Tensor:
+    """Where the cone of a node points for pictures, given pictures that show what it means.
+
+    Pictures lie close together, so that the mean of a few says above all "a picture": a cone that
+    points there holds the others too. What it shares with all nodes is therefore reduced.
+
+    Args:
+        phrases: tangent vector of the apex as its phrases place it [D].
+        examples: tangent vectors of the pictures [n, D], n >= 1.
+        common: mean direction of the taxonomy's nodes [D].
+
+    Returns:
+        Unit vector [D].
+    """
+    mean = F.normalize(F.normalize(examples, dim=-1).mean(0), dim=-1)
+    direction = phrases_count * F.normalize(phrases, dim=-1) + len(examples) * mean
+    direction, common = F.normalize(direction, dim=-1), F.normalize(common, dim=-1)
+    return F.normalize(direction - common_share * (direction @ common) * common, dim=-1)

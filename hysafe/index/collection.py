@@ -66,7 +66,7 @@ class CollectionMeta:
         dim: D. c: curvature magnitude. geometry: lorentz or euclidean.
         model, taxonomy, policy: hashes. model_name: as given by the user.
         nodes: ids of the category scores, in their order.
-        policy_name, rules: the policy itself, as in its file.
+        policy_name, rules, review: the policy itself, as in its file.
         reading: the model's hash in the results: with the reader of text in pictures, if any.
         reads: text in pictures was read.
         stamp: of this writing of the table; two tables never share one.
@@ -82,6 +82,7 @@ class CollectionMeta:
     nodes: tuple[str, ...]
     policy_name: str = "default"
     rules: Mapping[str, Any] = field(default_factory=dict)
+    review: Mapping[str, float] = field(default_factory=dict)
     reading: str = ""
     reads: bool = False
     stamp: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)

@@ -3,31 +3,38 @@
 .. code-block:: yaml
 
     name: shop
+    review: {risk: 0.2, novelty: 0.05}
     nodes:
       D1: {status: non_violating}
       "6.1": {status: sensitive, threshold: 0.4}
-      "x.1": {parent: D6, name: ..., definition: ..., synonyms: [...]}
+      "x.1": {parent: D6, name: ..., definition: ..., synonyms: [...], examples: [a.jpg, ...]}
 
 Keys are node ids of any level; settings are inherited by descendants, the nearest one wins. A
 concept switched off takes its share of its category with it, one kept on below a category that is
-off still counts.
+off still counts. Example pictures count by their content: it goes into the policy's hash, their
+paths do not.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from hysafe.errors import TaxonomyError
+from hysafe.errors import ConfigError, TaxonomyError
 from hysafe.taxonomy.reading import parse_yaml, read_text
 from hysafe.taxonomy.tree import Kind, Node, Taxonomy
 
-__all__ = ["DEFAULT_THRESHOLD", "SENSITIVE_THRESHOLD", "NodeRule", "Policy", "PolicyView"]
+__all__ = [
+    *("DEFAULT_THRESHOLD", "MAX_EXAMPLES", "SENSITIVE_THRESHOLD", "Example", "NodeRule", "Policy"),
+    *("PolicyView", "ReviewBand"),
+]
 
 Status = Literal["default", "non_violating", "sensitive"]
 
@@ -36,12 +43,27 @@ DEFAULT_THRESHOLD = 0.5
 SENSITIVE_THRESHOLD = 0.25
 # Severity of a category added by a policy: the middle of the scale, as where a file gives none.
 NEW_SEVERITY = 2
+# Example pictures of one node: more of them hardly move the mean, and each is encoded alone.
+MAX_EXAMPLES = 64
 
 _CHILD_KIND: Mapping[Kind, Kind] = {
     "domain": "category",
     "category": "concept",
     "safe_domain": "background",
 }
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture of what a node means.
+
+    Args:
+        file: where it lies, from the root of the file system.
+        sha256: of its bytes, as hex digits.
+    """
+
+    file: str
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -54,6 +76,28 @@ class NodeRule:
     name: str | None = None
     definition: str | None = None
     synonyms: tuple[str, ...] = ()
+    examples: tuple[Example, ...] = ()
+
+    def example_hashes(self) -> tuple[str, ...]:
+        """What the examples are: sha256 of each different one, sorted."""
+        return tuple(sorted({e.sha256 for e in self.examples}))
+
+
+@dataclass(frozen=True)
+class ReviewBand:
+    """What goes to a person; None means "as the model has it".
+
+    Args:
+        risk: weighted risk from which an item that is not unsafe is reviewed.
+        novelty: p-value of the distribution score down from which it is.
+    """
+
+    risk: float | None = None
+    novelty: float | None = None
+
+    def to_dict(self) -> dict[str, float]:
+        """As in a policy file."""
+        return {k: v for k, v in asdict(self).items() if v is not None}
 
 
 @dataclass(frozen=True)
@@ -63,6 +107,7 @@ class Policy:
     name: str = "default"
     rules: Mapping[str, NodeRule] = field(default_factory=dict)
     origin: str = "default policy"
+    review: ReviewBand = ReviewBand()
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> Policy:
@@ -70,27 +115,34 @@ class Policy:
 
         Raises:
             TaxonomyError: not readable or not valid; names file, node and remedy.
+            ConfigError: an example picture is missing.
         """
         data = parse_yaml(read_text(path), origin=str(path))
-        return cls.from_dict(data, origin=str(path))
+        return cls.from_dict(data, origin=str(path), folder=pathlib.Path(path).parent)
 
     @classmethod
-    def from_dict(cls, data: Any, *, origin: str = "policy") -> Policy:
+    def from_dict(
+        cls, data: Any, *, origin: str = "policy", folder: str | pathlib.Path = ""
+    ) -> Policy:
         """Policy from the mapping of a policy file; node ids must be strings.
+
+        Args:
+            folder: what the paths of example pictures start from.
 
         Raises:
             TaxonomyError: not valid; names file, node and remedy.
+            ConfigError: an example picture is missing.
         """
         if not isinstance(data, dict):
             raise TaxonomyError(
-                f"{origin}: expected a mapping with the keys `name` and `nodes`, got "
+                f"{origin}: expected a mapping with the keys `name`, `review` and `nodes`, got "
                 f"{type(data).__name__}. Write `nodes: {{D1: {{status: non_violating}}}}`."
             )
-        unknown = set(data) - {"name", "nodes"}
+        unknown = set(data) - {"name", "review", "nodes"}
         if unknown:
             raise TaxonomyError(
                 f"{origin}: unknown key {', '.join(map(repr, sorted(map(str, unknown))))}. "
-                "Known: name, nodes; node ids go below `nodes`."
+                "Known: name, review, nodes; node ids go below `nodes`."
             )
         nodes = data.get("nodes") or {}
         if not isinstance(nodes, dict):
@@ -103,23 +155,31 @@ class Policy:
                 raise TaxonomyError(
                     f"{origin}: node {node_id!r}: the id is no text. Put it in quotes."
                 )
-        rules = {k: _rule(k, v, origin) for k, v in nodes.items()}
-        return cls(str(data.get("name") or pathlib.Path(origin).stem), rules, origin)
+        rules = {k: _rule(k, v, origin, pathlib.Path(folder)) for k, v in nodes.items()}
+        name = str(data.get("name") or pathlib.Path(origin).stem)
+        return cls(name, rules, origin, _review(data.get("review") or {}, origin))
 
     def to_dict(self) -> dict[str, Any]:
-        """As in a policy file; :meth:`from_dict` gives an equal policy back."""
+        """As in a policy file; :meth:`from_dict` gives an equal policy back.
+
+        Example pictures come with their sha256 and are not read again.
+        """
         nodes = {}
         for node_id, rule in self.rules.items():
-            settings = asdict(rule) | {"synonyms": list(rule.synonyms)}
+            examples = [asdict(e) for e in rule.examples]
+            settings = asdict(rule) | {"synonyms": list(rule.synonyms), "examples": examples}
             nodes[node_id] = {k: v for k, v in settings.items() if v not in (None, [])}
-        return {"name": self.name, "nodes": nodes}
+        review = self.review.to_dict()
+        return {"name": self.name, **({"review": review} if review else {}), "nodes": nodes}
 
     @cached_property
     def hash(self) -> str:
-        """First 16 hex digits of the sha256 of the rules (the name does not count)."""
-        rules = {k: asdict(v) for k, v in sorted(self.rules.items())}
-        payload = json.dumps(rules, sort_keys=True, ensure_ascii=False).encode()
-        return hashlib.sha256(payload).hexdigest()[:16]
+        """First 16 hex digits of the sha256 of rules and review band (the name does not count)."""
+        rules = {k: _hashed(v) for k, v in sorted(self.rules.items())}
+        digest = hashlib.sha256(json.dumps(rules, sort_keys=True, ensure_ascii=False).encode())
+        if self.review != ReviewBand():
+            digest.update(json.dumps(self.review.to_dict(), sort_keys=True).encode())
+        return digest.hexdigest()[:16]
 
     def apply(self, taxonomy: Taxonomy) -> PolicyView:
         """The taxonomy as this policy sees it.
@@ -170,6 +230,12 @@ class Policy:
             raise self._fail(
                 old.id, "a policy cannot move a node", "Switch it off and add a new one."
             )
+        if rule.examples:
+            raise self._fail(
+                old.id,
+                "`examples` are for a node that the policy adds",
+                "Add one below it, with parent, name and definition.",
+            )
         if not (rule.name or rule.definition or rule.synonyms):
             return None
         return replace(
@@ -188,6 +254,12 @@ class Policy:
                 node_id,
                 f"its parent {parent.id} is a {parent.kind.replace('_', ' ')}",
                 "Put a new node below a domain (D6) or a category (6.1).",
+            )
+        if rule.examples and parent.text_only:
+            raise self._fail(
+                node_id,
+                f"its parent {parent.id} is for text only, so it takes no pictures",
+                "Remove `examples`.",
             )
         return Node(
             node_id,
@@ -238,13 +310,36 @@ class PolicyView:
         return DEFAULT_THRESHOLD
 
 
-def _rule(node_id: str, value: Any, origin: str) -> NodeRule:
+def _review(value: Any, origin: str) -> ReviewBand:
+    """The review band as a policy file gives it."""
+    known = {"risk", "novelty"}
+    if not isinstance(value, dict) or set(value) - known:
+        raise TaxonomyError(
+            f"{origin}: `review` is {value!r}. Write {{risk: 0.3, novelty: 0.01}}, or one of them."
+        )
+    for key, number in value.items():
+        numeric = isinstance(number, int | float) and not isinstance(number, bool)
+        if not numeric or not 0 <= number <= 1:
+            raise TaxonomyError(
+                f"{origin}: review: {key} is {number!r}. Give a number of at least 0, at most 1."
+            )
+    return ReviewBand(**{key: float(number) for key, number in value.items()})
+
+
+def _hashed(rule: NodeRule) -> dict[str, Any]:
+    """What of a rule goes into the policy's hash: of the examples their content alone."""
+    settings = asdict(rule)
+    del settings["examples"]  # a policy without any keeps the hash it had before there were some
+    return settings | ({"examples": rule.example_hashes()} if rule.examples else {})
+
+
+def _rule(node_id: str, value: Any, origin: str, folder: pathlib.Path) -> NodeRule:
     def fail(problem: str, remedy: str) -> TaxonomyError:
         return TaxonomyError(f"{origin}: node {node_id}: {problem}. {remedy}")
 
     if not isinstance(value, dict):
         raise fail(f"expected a mapping, got {value!r}", "Write {status: ...}.")
-    known = {"status", "threshold", "parent", "name", "definition", "synonyms"}
+    known = {"status", "threshold", "parent", "name", "definition", "synonyms", "examples"}
     unknown = set(value) - known
     if unknown:
         raise fail(
@@ -266,6 +361,11 @@ def _rule(node_id: str, value: Any, origin: str) -> NodeRule:
     for key in ("parent", "name", "definition"):
         if value.get(key) is not None and not _is_text(value[key]):
             raise fail(f"`{key}` is {value[key]!r}", "Write it as text, in quotes.")
+    examples = value.get("examples") or []
+    if not isinstance(examples, list) or not all(_is_example(e) for e in examples):
+        raise fail("`examples` is no list of files", "Write [picture.jpg, picture.png].")
+    if len(examples) > MAX_EXAMPLES:
+        raise fail(f"{len(examples)} examples", f"Keep the best {MAX_EXAMPLES} or fewer.")
     return NodeRule(
         status,
         threshold,
@@ -273,6 +373,37 @@ def _rule(node_id: str, value: Any, origin: str) -> NodeRule:
         value.get("name"),
         value.get("definition"),
         tuple(synonyms),
+        tuple(_example(e, f"{origin}: node {node_id}", folder) for e in examples),
+    )
+
+
+def _example(value: str | Mapping[str, str], where: str, folder: pathlib.Path) -> Example:
+    """An example as a policy file gives it: a path, read for its hash, or both."""
+    file, known = (value, None) if isinstance(value, str) else (value["file"], value["sha256"])
+    path = (folder / file).absolute()
+    if known is not None:
+        return Example(str(path), known)
+    try:
+        if not path.is_file():  # nor a device, which could be read forever
+            raise FileNotFoundError(errno.ENOENT, "no such file")
+        with path.open("rb") as stream:
+            return Example(str(path), hashlib.file_digest(stream, "sha256").hexdigest())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{where}: example {file}: cannot be read "
+            f"({getattr(error, 'strerror', None) or error}). Correct the path, which starts from "
+            "the policy file's folder, or remove it from `examples`."
+        ) from error
+
+
+def _is_example(value: object) -> bool:
+    if not isinstance(value, dict):
+        return _is_text(value)
+    return (
+        set(value) == {"file", "sha256"}
+        and _is_text(value["file"])
+        and isinstance(value["sha256"], str)
+        and re.fullmatch("[0-9a-f]{64}", value["sha256"]) is not None
     )
 
 

@@ -19,8 +19,8 @@ from hysafe.app.lock import BusyError, lock
 from hysafe.app.pipeline import SafetyModel, ScanOptions
 from hysafe.app.rescore import diff_json, policy_names, rescore, write_diff
 from hysafe.app.scan import scan
-from hysafe.app.stored import model_of
-from hysafe.errors import CollectionError
+from hysafe.app.stored import model_of, stored_policy
+from hysafe.errors import CollectionError, ConfigError
 from hysafe.index import Collection
 from hysafe.score.calibration import Calibration, ModalityCalibration
 from hysafe.taxonomy import Policy
@@ -399,3 +399,162 @@ def test_a_page_that_is_a_folder_is_refused_before_the_work(
     assert main(command) == 2
     assert "is a folder. Name a file." in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
+
+
+# ---------------------------------------------------------------- example pictures
+
+
+def shown(folder: Path, *colors: tuple[int, int, int], **settings: Any) -> Policy:
+    """A policy with a node that pictures of these colours show."""
+    for i, color in enumerate(colors):
+        (folder / f"{i}.png").write_bytes(png(color))
+    rule = {"parent": "D6", "name": "Red flags", "definition": "Red flags.", "threshold": 0.3,
+            "examples": [f"{i}.png" for i in range(len(colors))], **settings}  # fmt: skip
+    path = folder / "shown.yaml"
+    path.write_text(json.dumps({"nodes": {"x.1": rule}}))
+    return Policy.load(path)
+
+
+def test_example_pictures_decide_for_pictures_and_phrases_for_texts(
+    model: SafetyModel, tmp_path: Path
+) -> None:
+    # another colour than that of the examples, and a text
+    asked = {"texts": ["a red flag"], "images": [png((20, 30, 220))]}
+    plain = Policy.from_dict({"nodes": {"x.1": {**shown(tmp_path).to_dict()["nodes"]["x.1"]}}})
+    red, blue = tmp_path / "red", tmp_path / "blue"
+    red.mkdir(), blue.mkdir()
+    (_, without), (text, seen), (_, other) = (
+        model.moderate(**asked, policy=policy)
+        for policy in (plain, shown(blue, (20, 30, 220)), shown(red, (220, 30, 20)))
+    )
+    first = model.moderate(texts=asked["texts"], policy=plain)[0]
+    assert text.channels == first.channels
+    table, _ = model.place(model.view(plain))
+    column = table.index["x.1"]
+    vectors = model.encode_image([Image.new("RGB", (40, 40), (20, 30, 220))]).tangent().numpy()
+
+    def score(policy: Policy) -> float:
+        return float(model.score_vectors("image", vectors, model.view(policy)).margins[0, column])
+
+    policies = Policy.load(blue / "shown.yaml"), Policy.load(red / "shown.yaml")
+    assert score(policies[0]) > score(policies[1])
+    assert len({seen.p_unsafe, without.p_unsafe, other.p_unsafe}) > 1
+    texts = model.encode_text(asked["texts"]).tangent().numpy()
+    margins = [model.score_vectors("text", texts, model.view(p)).margins for p in policies]
+    np.testing.assert_array_equal(margins[0], margins[1])
+
+
+def test_a_node_with_examples_keeps_its_aperture_and_leaves_the_others(
+    model: SafetyModel, tmp_path: Path
+) -> None:
+    placed = model._placed(model.view(shown(tmp_path, (220, 30, 20), (200, 10, 10))))
+    row = placed.table.index["x.1"]
+    assert float(placed.drawn.radius()[row]) == pytest.approx(float(placed.apexes.radius()[row]))
+    same = (placed.drawn.space == placed.apexes.space).all(dim=1)
+    assert same.sum() == len(same) - 1
+    assert not same[row]
+
+
+def test_a_rescore_with_examples_is_a_scan_with_them_and_loads_the_towers_once(
+    small_scan: Path, tmp_path: Path, tiny_model: SafetyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    assert tiny_model._cache is not None
+    shutil.copytree(tiny_model._cache, cache)
+    monkeypatch.setattr(pipeline, "_cache_folder", lambda: cache)
+    (tmp_path / "in.png").write_bytes(png((210, 40, 40)))
+    policy = shown(tmp_path, (220, 30, 20), (90, 200, 90))
+    out = {name: tmp_path / name for name in ("scan", "plain", "again", "third")}
+    for name, under in (("scan", policy), ("plain", None)):
+        scan([str(tmp_path / "in.png")], out[name], tiny_model, policy=under, report=False,
+             options=ScanOptions(8, 0))  # fmt: skip
+    collection = Collection.open(out["plain"])
+    shutil.rmtree(cache / f"examples-{tiny_model.encoder.hash()}", ignore_errors=True)
+    assert rescore(collection, model_of(collection), policy, out=out["again"]).encoded
+    stored = sorted(cache.glob("examples-*/*.safetensors"))
+    assert [p.stem for p in stored] == list(policy.rules["x.1"].example_hashes())
+    for file in tmp_path.glob("[01].png"):  # known by their content: not read again
+        file.unlink()
+    made = Collection.open(out["again"])
+    kept = stored_policy(made.meta)
+    assert kept.hash == policy.hash
+    assert not rescore(made, model_of(made), kept, out=out["third"]).encoded
+    lines = {(out[name] / "results.jsonl").read_bytes() for name in ("scan", "again", "third")}
+    assert len(lines) == 1
+    assert json.loads(lines.pop())["hashes"]["policy"] == policy.hash
+
+
+@pytest.mark.parametrize(
+    ("harm", "problem"),
+    [
+        (lambda p: p.write_bytes(b"no picture"), "no picture in a format that is read"),
+        (lambda p: p.unlink(), "cannot be read"),
+        (lambda p: p.write_bytes(png((1, 2, 3))), "not the picture that it was"),
+    ],
+    ids=["broken", "gone", "changed"],
+)
+def test_an_example_that_cannot_be_used_stops_a_rescore_before_any_work(
+    small_scan: Path, tmp_path: Path, tiny_folder: Path, harm: Any, problem: str
+) -> None:
+    model = pipeline.load(str(tiny_folder), cache=tmp_path / "empty")
+    policy = shown(tmp_path, (220, 30, 20))
+    harm(tmp_path / "0.png")
+    if problem.startswith("no picture"):  # read when it was broken already
+        policy = Policy.load(tmp_path / "shown.yaml")
+    with pytest.raises(ConfigError) as caught:
+        rescore(Collection.open(small_scan), model, policy, out=tmp_path / "out")
+    where = f"{tmp_path / 'shown.yaml'}: node x.1: example {tmp_path / '0.png'}: "
+    assert str(caught.value).startswith(where)
+    assert problem in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "empty").rglob("phrases-*"))
+
+
+def test_rescore_with_examples_from_the_command_line(
+    small_scan: Path, tmp_path: Path, tiny_model: SafetyModel, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(pipeline, "_cache_folder", lambda: tiny_model._cache)
+    shown(tmp_path, (220, 30, 20))
+    command = ["rescore", str(small_scan), "--policy", str(tmp_path / "shown.yaml"), "--out"]
+    assert main([*command, str(tmp_path / "out")]) == 0
+    (tmp_path / "0.png").unlink()
+    assert main([*command, str(tmp_path / "two")]) == 2
+    assert "node x.1: example 0.png: cannot be read (no such file)" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- review band
+
+
+def test_a_policy_moves_the_review_band_in_a_scan_and_in_a_rescore(
+    source: Path, default: Collection, tmp_path: Path, model: SafetyModel
+) -> None:
+    lines = (default.folder / "results.jsonl").read_text().splitlines()
+    results = [json.loads(line) for line in lines]
+    risks = sorted(r["p_unsafe"] for r in results if r["rating"] != "unsafe" and not r["error"])
+    wide = Policy.from_dict({"review": {"risk": risks[0] / 2}})
+    # no band, and nothing new is looked at: what is left is what could not be read
+    none = Policy.from_dict({"review": {"risk": 1, "novelty": 0}})
+    counts = {}
+    for name, policy in (("wide", wide), ("none", none)):
+        fresh = scanned(source, tmp_path / f"{name}-fresh", model, policy)
+        counts[name] = rescore(default, model, policy, out=tmp_path / name).scan.ratings
+        made = Collection.open(tmp_path / name)
+        assert made.meta == fresh.meta
+        assert stored_policy(made.meta).hash == policy.hash
+        ratings = [r["rating"] for r in table_of(made)]
+        assert ratings == [r["rating"] for r in table_of(fresh)]
+    assert counts["wide"]["safe"] == 0
+    assert counts["none"]["review"] < counts["wide"]["review"]
+    assert counts["none"]["unsafe"] == counts["wide"]["unsafe"]
+
+
+def test_novelty_of_the_review_band_counts(model: SafetyModel) -> None:
+    texts = [f"sentence {i} about the weather" for i in range(6)]
+    off = {f"D{i}": {"status": "non_violating"} for i in range(1, 13)}
+    rated = [
+        {r.rating for r in model.moderate(texts, policy=Policy.from_dict(
+            {"nodes": off, "review": {"novelty": level}}))}
+        for level in (0.0, 1.0)
+    ]  # fmt: skip
+    assert rated == [{"safe"}, {"review"}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -10,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from hysafe.errors import TaxonomyError
+from hysafe.errors import ConfigError, TaxonomyError
 from hysafe.taxonomy import Policy, PolicyView, Taxonomy, load_taxonomy
-from hysafe.taxonomy.policy import DEFAULT_THRESHOLD, SENSITIVE_THRESHOLD
+from hysafe.taxonomy.policy import DEFAULT_THRESHOLD, MAX_EXAMPLES, SENSITIVE_THRESHOLD, ReviewBand
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -320,3 +321,120 @@ def test_hash_is_the_same_in_another_process_with_another_hash_seed(tmp_path: Pa
         env={**os.environ, "PYTHONHASHSEED": "99"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.stdout.strip() == policy.hash
+
+
+# ---------------------------------------------------------------- example pictures
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    for name, content in {"a.png": b"one", "b.png": b"two", "copy.png": b"one"}.items():
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+def with_examples(folder: Path, *files: Any, **settings: Any) -> Policy:
+    rule = {**NEW, "examples": list(files), **settings}
+    return Policy.from_dict({"nodes": {"x": rule}}, origin="shop.yaml", folder=folder)
+
+
+def test_examples_are_found_beside_the_policy_file(pictures: Path, taxonomy: Taxonomy) -> None:
+    text = "nodes:\n  x: {parent: D6, name: n, definition: d, examples: [a.png, b.png]}\n"
+    policy = read(pictures, text)
+    assert [e.file for e in policy.rules["x"].examples] == [
+        str(pictures / "a.png"), str(pictures / "b.png")
+    ]  # fmt: skip
+    assert policy.rules["x"].examples[0].sha256 == hashlib.sha256(b"one").hexdigest()
+    assert policy.apply(taxonomy).taxonomy["x"].kind == "category"
+
+
+def test_the_hash_covers_what_examples_show_and_not_where_they_lie(pictures: Path) -> None:
+    one = with_examples(pictures, "a.png", "b.png")
+    assert one.hash == with_examples(pictures, "b.png", "copy.png", "a.png").hash
+    others = {one.hash, with_examples(pictures, "a.png").hash, with_examples(pictures).hash}
+    (pictures / "a.png").write_bytes(b"three")
+    others.add(with_examples(pictures, "a.png", "b.png").hash)
+    assert len(others) == 4
+    without = Policy.from_dict({"nodes": {"x": NEW}})
+    assert with_examples(pictures).hash == without.hash
+    assert without.hash == "46b8b47676b20a67"  # as before policies had examples
+
+
+def test_a_policy_written_down_knows_its_examples_without_reading_them(pictures: Path) -> None:
+    policy = with_examples(pictures, "a.png", "b.png")
+    written = policy.to_dict()
+    (pictures / "a.png").unlink()
+    again = Policy.from_dict(written)
+    assert again.rules == policy.rules
+    assert again.hash == policy.hash
+
+
+@pytest.mark.parametrize("name", ["absent.png", ".", "a\0b", os.devnull])
+def test_an_example_that_is_no_file_is_named_with_its_node(pictures: Path, name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        with_examples(pictures, "a.png", name)
+    assert str(caught.value).startswith(f"shop.yaml: node x: example {name}: cannot be read (")
+    assert "Correct the path" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("examples", "problem"),
+    [
+        ("a.png", "no list of files"),
+        ([1], "no list of files"),
+        ([{"file": "a.png"}], "no list of files"),
+        ([{"file": "a.png", "sha256": "12"}], "no list of files"),
+        (["a.png"] * (MAX_EXAMPLES + 1), f"{MAX_EXAMPLES + 1} examples"),
+    ],
+)
+def test_examples_that_are_no_list_of_some_files_are_refused(
+    pictures: Path, examples: Any, problem: str
+) -> None:
+    with pytest.raises(TaxonomyError, match=rf"shop\.yaml: node x: .*{problem}"):
+        with_examples(pictures, examples=examples)
+
+
+def test_only_a_new_node_that_may_be_seen_takes_examples(
+    pictures: Path, taxonomy: Taxonomy
+) -> None:
+    known = {"nodes": {"6.1": {"examples": ["a.png"]}}}
+    with pytest.raises(TaxonomyError, match=r"node 6\.1: `examples` are for a node that"):
+        Policy.from_dict(known, folder=pictures).apply(taxonomy)
+    with pytest.raises(TaxonomyError, match=r"node x: its parent 4\.5 is for text only"):
+        with_examples(pictures, "a.png", parent="4.5").apply(taxonomy)
+
+
+# ---------------------------------------------------------------- review band
+
+
+def test_a_review_band_is_read_hashed_and_written_down(tmp_path: Path) -> None:
+    both = read(tmp_path, "review: {risk: 0.2, novelty: 0.05}\nnodes: {}")
+    assert both.review == ReviewBand(0.2, 0.05)
+    assert Policy.from_dict(both.to_dict()).review == both.review
+    one = read(tmp_path, "review: {risk: 0.2}")
+    other = read(tmp_path, "review: {novelty: 0.2}")
+    none = read(tmp_path, "review: {}")
+    assert none.review == ReviewBand()
+    assert "review" not in none.to_dict()
+    assert len({both.hash, one.hash, other.hash, none.hash}) == 4
+    assert none.hash == Policy().hash
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("0.3", r"`review` is 0\.3"),
+        ("[0.3]", "`review` is"),
+        ("{from: 0.3}", "`review` is"),
+        ("{risk: yes}", "review: risk is True"),
+        ("{risk: 1.1}", r"review: risk is 1\.1"),
+        ("{novelty: -0.1}", r"review: novelty is -0\.1"),
+        ("{novelty: .nan}", "review: novelty is nan"),
+        ("{risk: null}", "review: risk is None"),
+    ],
+)
+def test_a_review_band_that_makes_no_sense_is_named_with_file(
+    tmp_path: Path, value: str, problem: str
+) -> None:
+    with pytest.raises(TaxonomyError, match=rf"shop\.yaml: {problem}.*(Write|Give)"):
+        read(tmp_path, f"review: {value}")
