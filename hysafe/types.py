@@ -101,10 +101,18 @@ class NoveltyScores:
     """Conformal p-values in (0, 1], small = novel; None where the model has no calibration.
 
     policy: it looks risky and no active node holds it. distribution: far from all that is known.
+    name, rationale: what a guard calls a novel item, and why; None where none was asked.
     """
 
     policy: float | None
     distribution: float | None
+    name: str | None = None
+    rationale: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; name and rationale where a guard gave them."""
+        said = {k: v for k in ("name", "rationale") if (v := getattr(self, k)) is not None}
+        return {"policy": self.policy, "distribution": self.distribution, **said}
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,7 @@ class Result:
         data: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         # by hand: dataclasses.asdict took a tenth of the time of a scan of small pictures
         data["paths"] = [{**vars(p), "path": list(p.path)} for p in self.paths]
-        data["novelty"], data["hashes"] = dict(vars(self.novelty)), dict(vars(self.hashes))
+        data["novelty"], data["hashes"] = self.novelty.to_dict(), dict(vars(self.hashes))
         data["channels"] = copy.deepcopy(self.channels)
         data["error"] = None if self.error is None else asdict(self.error)
         return data

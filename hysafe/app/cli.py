@@ -51,7 +51,7 @@ USAGE_ERRORS = (ConfigError, InputError, MissingExtraError, ModelError, Taxonomy
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(_joined(sys.argv[1:] if argv is None else argv))
     if arguments.command is None:
         parser.print_help()
         return 0
@@ -72,6 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """``discover accept`` is one command of two words."""
+    if list(argv[:2]) == ["discover", "accept"]:
+        return ["discover accept", *argv[2:]]
+    return list(argv)
 
 
 def _fail(error: Exception, code: int) -> int:
@@ -176,6 +183,9 @@ def _add_scan_options(parser: argparse.ArgumentParser) -> None:
                         help="time limit of one picture in a decode process (default: 60)")  # fmt: skip
     parser.add_argument("--decode-memory", type=int, default=2048, metavar="MB",
                         help="memory limit of a decode process, on Linux (default: 2048)")  # fmt: skip
+    parser.add_argument("--guard", metavar="NAME",
+                        help="mini-guard or a folder: put novel items into words (a rating never "
+                        "depends on it)")  # fmt: skip
     parser.add_argument("--no-report", dest="report", action="store_false", help="skip report.html")
     parser.add_argument("--verbose", action="store_true", help="log what happens")
 
@@ -278,7 +288,7 @@ def _scanner(
             task = bar.add_task("judging", total=None)
             summary = scan(
                 paths, arguments.out, model, policy=policy, ocr=ocr, options=how,
-                report=arguments.report, title=title,
+                report=arguments.report, title=title, guard=arguments.guard,
                 progress=lambda n: bar.update(task, completed=n), **options,
             )  # fmt: skip
         options.update({k: False for k in ("fresh", "retry") if k in options})  # once is enough
@@ -365,6 +375,8 @@ def _print_summary(summary: ScanSummary, seconds: float, report: bool, taxonomy:
             name = taxonomy[node].name if node in taxonomy else ""
             top.add_row(node, name, str(count))
         console.print(top)
+    if summary.named:
+        console.print(f"{summary.named} novel items have a name by the guard.")
     if summary.known:
         console.print(f"{summary.known} of them were known: their content was encoded before.")
     if summary.skipped:

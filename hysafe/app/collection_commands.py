@@ -93,6 +93,42 @@ def add_commands(commands: Any) -> None:
     _add_listing(redirect, 10, "10")
     redirect.set_defaults(run=_redirect)
 
+    discover = commands.add_parser("discover", help="propose nodes for what no node names")
+    _add_collection(discover)
+    discover.add_argument("--out", type=Path, metavar="FILE",
+                          help="proposal file (default: proposals.yaml in the collection); the page "
+                          "is written beside it")  # fmt: skip
+    discover.add_argument(
+        "--overwrite", action="store_true", help="replace the file if it is there"
+    )
+    discover.add_argument("--namer", default="phrases", metavar="NAME",
+                          help="phrases (default): the nearest of a list of phrases")  # fmt: skip
+    discover.add_argument("--alpha", type=float, default=0.05, metavar="P",
+                          help="novelty p-value up to which an item is novel (default: 0.05)")  # fmt: skip
+    discover.add_argument("--min-size", type=int, default=8, metavar="N",
+                          help="items a cluster has at least (default: 8)")  # fmt: skip
+    discover.add_argument("--most", type=int, default=20_000, metavar="N",
+                          help="novel items that are looked at, at most (default: 20,000)")  # fmt: skip
+    discover.add_argument("--seed", type=int, default=0, metavar="N", help="of the samples")
+    discover.add_argument("--json", action="store_true", help="print JSON lines")
+    _add_model(discover)
+    discover.set_defaults(run=_discover)
+
+    accept = commands.add_parser(
+        "discover accept", help="turn accepted proposals into nodes of a policy"
+    )
+    accept.add_argument("proposals", type=Path, metavar="PROPOSALS",
+                        help="file of hysafe discover, as a person left it")  # fmt: skip
+    accept.add_argument("--policy", type=Path, metavar="FILE",
+                        help="add to this policy (default: the one the proposals were made under)")  # fmt: skip
+    accept.add_argument("--out", type=Path, required=True, metavar="FILE", help="policy to write")
+    accept.add_argument("--only", type=_keys, metavar="KEY,...",
+                        help="take these proposals (default: those with accept: true)")  # fmt: skip
+    accept.add_argument("--rescore", type=local_path, metavar="COLLECTION",
+                        help="then judge this collection again under the new policy")  # fmt: skip
+    _add_model(accept)
+    accept.set_defaults(run=_accept)
+
     export = commands.add_parser("export", help="results for a spreadsheet, Label Studio, FiftyOne")
     _add_collection(export)
     export.add_argument("--format", required=True, choices=EXPORTS)
@@ -178,10 +214,22 @@ def _add_judging(
     policy: str = "judge under this policy (default: the collection's own)",
 ) -> None:
     parser.add_argument("--policy", type=Path, metavar="FILE", help=policy)
+    _add_model(parser)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--taxonomy", type=Path, metavar="FILE", help="another taxonomy YAML")
     parser.add_argument("--model", metavar="NAME",
                         help="where the collection's model is now (default: where it was)")  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="log what happens")
+
+
+def _keys(text: str) -> list[int]:
+    """Numbers with commas between them."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} are no numbers like 1,3") from error
 
 
 def _add_listing(parser: argparse.ArgumentParser, k: int | None, said: str) -> None:
@@ -395,6 +443,89 @@ def _redirect(arguments: argparse.Namespace) -> int:
     if arguments.html is not None:
         print(arguments.html)
     return 0
+
+
+def _discover(arguments: argparse.Namespace) -> int:
+    from hysafe.app.cli import _progress
+    from hysafe.app.discover import PROPOSALS, discover, write_discovery, write_page
+    from hysafe.app.stored import model_of
+
+    collection = _collection(arguments)
+    out = arguments.out or arguments.collection / PROPOSALS
+    if out.is_dir():
+        raise ConfigError(f"--out {out} is a folder. Name a file.")
+    if out.suffix == ".html":
+        raise ConfigError(f"--out {out} ends in .html, as the page beside it will. Name a .yaml.")
+    if out.exists() and not arguments.overwrite:
+        raise ConfigError(
+            f"{out} is there and may hold what a person wrote. Name another file with --out, or give "
+            "--overwrite."
+        )
+    model = model_of(collection, name=arguments.model, taxonomy=arguments.taxonomy, towers=True)
+    with _progress() as bar:
+        task = bar.add_task("reading", total=None)
+        found = discover(
+            collection, model, namer=arguments.namer, alpha=arguments.alpha,
+            min_size=arguments.min_size, most=arguments.most, seed=arguments.seed,
+            progress=lambda what: bar.update(task, description=what),
+        )  # fmt: skip
+    write_discovery(out, found, collection)
+    page = out.with_suffix(".html")
+    write_page(page, found, collection, model)
+    if arguments.json:
+        for p in found.proposals:
+            print(json.dumps(p.to_dict(), ensure_ascii=False))
+        return 0
+    _print_discovery(found)
+    print(f"{out}\n{page}")
+    return 0
+
+
+def _print_discovery(found: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    looked = "" if found.used == found.novel else f", {found.used:,} of them looked at"
+    console.print(f"{found.novel:,} of {found.items:,} items are novel{looked}; {found.clustered:,} are "
+                  f"in {len(found.proposals)} clusters", highlight=False)  # fmt: skip
+    if not found.proposals:
+        return
+    table = Table()
+    for name in ("", "name", "items", "parent", "purity", "agreement", "nearest node"):
+        right = name in ("", "items", "purity", "agreement")
+        table.add_column(name, justify="right" if right else "left")
+    for p in found.proposals:
+        near = f"{p.nearest[0].node} {p.nearest[0].name}" if p.nearest else ""
+        table.add_row(str(p.key), Text(p.name), str(p.size), p.parent, f"{p.purity:.2f}",
+                      f"{p.agreement:.2f}", Text(near))  # fmt: skip
+    console.print(table)
+
+
+def _accept(arguments: argparse.Namespace) -> int:
+    from hysafe.taxonomy import Policy, load_taxonomy
+
+    if arguments.rescore is not None:
+        arguments.collection = arguments.rescore
+        _collection(arguments)  # before anything is written
+    from hysafe.app.discover import accept
+
+    taxonomy = load_taxonomy(arguments.taxonomy)
+    policy = Policy.load(arguments.policy) if arguments.policy else None
+    accepted = accept(
+        arguments.proposals, arguments.out, taxonomy, policy=policy, only=arguments.only
+    )
+    for key, node in accepted.nodes.items():
+        rule = accepted.policy.rules[node]
+        print(f"proposal {key}: {node} {rule.name}, below {rule.parent}")
+    print(arguments.out)
+    if arguments.rescore is None:
+        return 0
+    arguments.policy, arguments.json, arguments.diff = arguments.out, False, False
+    arguments.html = arguments.report = None
+    arguments.out = None  # in place
+    return _rescore(arguments)
 
 
 def _export(arguments: argparse.Namespace) -> int:

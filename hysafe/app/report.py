@@ -604,6 +604,11 @@ def _novelty_words(result: Mapping[str, Any]) -> str:
         )
     if distribution is not None and distribution <= NOVEL_AT:
         words.append(f"Far from everything the model knows (p = {distribution:.3f}).")
+    name, rationale = result["novelty"].get("name"), result["novelty"].get("rationale")
+    if name:
+        words.append(f"The guard calls it “{name}”: {rationale}.")
+    elif rationale:
+        words.append(f"{rationale[:1].upper()}{rationale[1:]}.")
     if not words:
         pairs = (("policy", policy), ("distribution", distribution))
         known = ", ".join(f"{name} p = {p:.2f}" for name, p in pairs if p is not None)

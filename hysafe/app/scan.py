@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from hysafe.index import CollectionMeta, EncodedItem
 from hysafe.index.collection import TABLE, Collection, matrix
 from hysafe.taxonomy import Policy, PolicyView
 from hysafe.types import ErrorRecord, Hashes, Item, NodeScore, NoveltyScores, Result
+
+if TYPE_CHECKING:
+    from hysafe.app.guard_namer import GuardNamer
 
 __all__ = [
     *("REPORT", "ScanSummary", "Shown", "add", "collection_meta", "report_scan", "scan"),
@@ -53,7 +56,7 @@ class ScanSummary:
     Attributes:
         items: number of rows. ratings, nodes, errors: counts. skipped: files that were neither
         pictures nor texts. known: rows that stood there, or whose content was encoded
-        before, for an earlier scan or an earlier row.
+        before, for an earlier scan or an earlier row. named: novel items that a guard named.
         out: folder with the three outputs.
     """
 
@@ -61,6 +64,7 @@ class ScanSummary:
     items: int = 0
     known: int = 0
     skipped: int = 0
+    named: int = 0
     ratings: Counter[str] = field(default_factory=Counter)
     nodes: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
@@ -90,6 +94,7 @@ def scan(
     fresh: bool = False,
     retry: bool = False,
     progress: Callable[[int], None] | None = None,
+    guard: str | None = None,
 ) -> ScanSummary:
     """Judge everything under `paths` and write the outputs into `out`.
 
@@ -106,6 +111,8 @@ def scan(
         fresh: encode everything again.
         retry: decode and read again what failed before.
         progress: called with the number of rows done.
+        guard: a guard as :func:`hysafe.app.guard_namer.load_guard` takes it: it names the novel
+            items when all are judged; no rating depends on it.
 
     Raises:
         InputError: a path does not exist, `out` cannot be written, or another process writes there.
@@ -123,6 +130,7 @@ def scan(
         ) from error
     options = options or ScanOptions()
     view = model.view(policy)
+    namer = _guard(guard, model)
     summary, shown = ScanSummary(out), Shown()
 
     def count(result: Result, text: str, image: bytes | None) -> None:
@@ -161,12 +169,31 @@ def scan(
         finally:
             output.close()
         summary.skipped = reader.skipped
+        if namer is not None:
+            summary.named = _name(out, model, view, namer)
         if report:
             with writing(out):
                 report_scan(out, model, view, shown, title)
         else:  # an old one would contradict the results
             (out / REPORT).unlink(missing_ok=True)
     return summary
+
+
+def _guard(name: str | None, model: SafetyModel) -> GuardNamer | None:
+    if name is None:
+        return None
+    from hysafe.app.guard_namer import load_guard
+
+    return load_guard(name, model)
+
+
+def _name(out: Path, model: SafetyModel, view: PolicyView, namer: GuardNamer) -> int:
+    """Names for the novel items in `out`; how many got one."""
+    from hysafe.app.guard_namer import name_novel, write_names
+
+    names = name_novel(Collection.open(out), model, view, namer)
+    with writing(out):
+        return write_names(out / RESULTS, names)
 
 
 def _commits(judged: Iterable[Judgement], options: ScanOptions) -> Iterator[list[Judgement]]:
@@ -421,6 +448,7 @@ def collection_meta(
         nodes=tuple(table.ids[i] for i in categories),
         policy_name=view.policy.name,
         rules=view.policy.to_dict()["nodes"],
+        review=view.policy.review.to_dict(),
         reading=reading,
         reads=reads,
     )

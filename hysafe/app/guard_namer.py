@@ -1,0 +1,195 @@
+"""The guard in the product: names for the novel items of a scan or of a cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from hysafe.app.discover import novel_places
+from hysafe.app.guard_data import evidence_of
+from hysafe.app.pipeline import SafetyModel
+from hysafe.app.report import NOVEL_AT
+from hysafe.errors import ConfigError
+from hysafe.guard.ask import answers_of, names_of
+from hysafe.guard.corpus import PhraseIndex
+from hysafe.guard.model import Evidence, GuardModel, PolicySpace
+from hysafe.guard.naming import Naming, restated
+from hysafe.guard.protocol import Answer, PromptPolicy
+from hysafe.index import Collection
+from hysafe.taxonomy import PolicyView
+
+__all__ = ["GUARDS", "GuardNamer", "load_guard", "name_novel", "write_names"]
+
+# Bundled guards and their folders in the package's assets.
+GUARDS = {"mini-guard": "mini_guard"}
+# Names drawn beside the likeliest one; that whose point is nearest to the item's counts.
+DRAWS = 8
+CHUNK = 1024
+CHANNELS = ("image", "text", "ocr")
+
+
+class GuardNamer:
+    """Names by a trained guard: it draws some, and the geometry chooses among them.
+
+    Args:
+        guard: in evaluation mode.
+        index: its phrases.
+        model: the encoder it was trained on.
+
+    Raises:
+        ConfigError: the guard was trained on another encoder.
+    """
+
+    def __init__(self, guard: GuardModel, index: PhraseIndex, model: SafetyModel) -> None:
+        trained_on = guard.config.encoder_hash
+        if trained_on and trained_on != model.encoder.hash():
+            raise ConfigError(
+                f"the guard reads points of another encoder ({trained_on[:12]}; {model.name} is "
+                f"{model.encoder.hash()[:12]}). Take the model it was trained on, or train a guard "
+                "for this one: python train_guard.py fit --data.encoder ..."
+            )
+        self.guard, self.index, self.model = guard, index, model
+
+    def name(
+        self,
+        vectors: np.ndarray,
+        modalities: Sequence[str],
+        texts: Sequence[str],
+        view: PolicyView,
+    ) -> list[Naming | None]:
+        """A name for each item, see :class:`hysafe.guard.naming.Namer`."""
+        items = [
+            evidence_of(self.model, {m: np.asarray(v, np.float32)[None]}, [t], self.index, view)[0]
+            for v, m, t in zip(vectors, modalities, texts, strict=True)
+        ]
+        return self.names(items, view, always=True)
+
+    def names(
+        self, items: Sequence[Evidence], view: PolicyView, *, always: bool = False
+    ) -> list[Naming | None]:
+        """Names of items; the rationale is the guard's.
+
+        Args:
+            view: the policy.
+            always: name also what the guard would put under a listed category, or call safe.
+        """
+        if not items:
+            return []
+        table, apexes = self.model.place(view)
+        space = PolicySpace(table.ids, apexes.tangent().float())
+        policies = [PromptPolicy.from_view(view)] * len(items)
+        said = answers_of(self.guard, items, policies, space)
+        wanted = [
+            i for i, a in enumerate(said)
+            if always or (isinstance(a, Answer) and a.novel is not None)
+        ]  # fmt: skip
+        found: list[Naming | None] = [None] * len(items)
+        for i, answer in enumerate(said):
+            if isinstance(answer, Answer) and not always:
+                found[i] = Naming("", _place(answer, view))
+        names = names_of(
+            self.guard, [items[i] for i in wanted], [policies[i] for i in wanted], space,
+            draws=DRAWS, choose=self._nearest,
+        )  # fmt: skip
+        free = ~restated(names, view) if names else np.empty(0, bool)
+        for i, name, ok in zip(wanted, names, free, strict=True):
+            answer = said[i]
+            why = answer.rationale if isinstance(answer, Answer) else ""
+            found[i] = Naming(name, why) if name and ok else None
+        return found
+
+    def _nearest(self, item: Evidence, names: Sequence[str]) -> int:
+        """The name whose point is nearest to the item's, seen as the phrases are."""
+        channel = next(c for c in ("text", "ocr", "image") if c in item.channels)
+        whitening = self.index.whitening.get(channel)
+        if whitening is None:
+            return 0
+        points = self.model.encode_text(list(names)).tangent().numpy()
+        names_at = whitening.directions(points, mean=self.index.vectors.mean(0))
+        item_at = whitening.directions(item.vectors[item.channels.index(channel)][None])
+        return int((item_at @ names_at.T)[0].argmax())
+
+
+def _place(answer: Answer, view: PolicyView) -> str:
+    """Where the guard puts an item that it does not call novel."""
+    if answer.category is None:
+        return f"the guard finds it {answer.rating}: {answer.rationale}"
+    name = view.taxonomy[answer.category].name
+    return f"the guard puts it under {name}: {answer.rationale}"
+
+
+def load_guard(name: str, model: SafetyModel) -> GuardNamer:
+    """A guard by its name or folder.
+
+    Args:
+        name: ``mini-guard`` or a folder that ``train_guard.py`` wrote.
+        model: the encoder whose points it reads.
+
+    Raises:
+        ConfigError: there is none, or it was trained on another encoder.
+    """
+    folder = Path(name)
+    if name in GUARDS:
+        folder = Path(str(resources.files("hysafe.assets").joinpath(GUARDS[name])))
+    if not (folder / "model.safetensors").is_file():
+        raise ConfigError(
+            f"no guard {name!r}. Known: {', '.join(GUARDS)}, or a folder with config.json and "
+            "model.safetensors from train_guard.py."
+        )
+    return GuardNamer(GuardModel.load(folder), PhraseIndex.load(folder), model)
+
+
+def name_novel(
+    collection: Collection,
+    model: SafetyModel,
+    view: PolicyView,
+    namer: GuardNamer,
+    *,
+    alpha: float = NOVEL_AT,
+) -> dict[str, Naming]:
+    """Names of the novel items of a collection, by item id; only these reach the guard."""
+    places = novel_places(collection, alpha)
+    found: dict[str, Naming] = {}
+    for start in range(0, len(places), CHUNK):
+        rows = collection.take(places[start : start + CHUNK].tolist())
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for k, row in enumerate(rows):
+            groups.setdefault(tuple(c for c in CHANNELS if c in row.points), []).append(k)
+        for channels, members in groups.items():
+            if not channels:
+                continue
+            # of a long text its first window is looked at
+            vectors = {c: np.stack([rows[k].points[c][0] for k in members]) for c in channels}
+            texts = [rows[k].text or rows[k].read_text for k in members]
+            items = evidence_of(model, vectors, texts, namer.index, view)
+            for k, naming in zip(members, namer.names(items, view), strict=True):
+                if naming is not None:
+                    found[rows[k].id] = naming
+    return found
+
+
+def write_names(path: Path, names: Mapping[str, Naming]) -> int:
+    """Put names into the lines of a results.jsonl; what stood there before is replaced.
+
+    Returns:
+        Lines that have a name now.
+    """
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    count = 0
+    with path.open(encoding="utf-8") as lines, temporary.open("w", encoding="utf-8") as out:
+        for line in lines:
+            data = json.loads(line)
+            naming = names.get(data["id"])
+            had = any(data["novelty"].pop(k, None) is not None for k in ("name", "rationale"))
+            if naming is not None:
+                data["novelty"] |= {"name": naming.name or None, "rationale": naming.rationale}
+                count += bool(naming.name)
+            changed = had or naming is not None
+            out.write(json.dumps(data, ensure_ascii=False) + "\n" if changed else line)
+    temporary.replace(path)
+    return count

@@ -1,0 +1,97 @@
+"""Questions to a guard: verdicts, names, how novel an item looks to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from hysafe.guard.model import NOVEL, UNSAFE, Evidence, GuardModel, PolicySpace
+from hysafe.guard.policy import Completions
+from hysafe.guard.protocol import Answer, ParseError, PromptPolicy, parse_answer
+
+__all__ = ["answers_of", "names_of", "novelty_of"]
+
+# Prompts at once.
+ROWS = 64
+
+
+def answers_of(
+    guard: GuardModel,
+    items: Sequence[Evidence],
+    policies: Sequence[PromptPolicy],
+    space: PolicySpace,
+) -> list[Answer | ParseError]:
+    """The likeliest answer to each item; a text that does not parse stands as its error."""
+    found: list[Answer | ParseError] = []
+    for start in range(0, len(items), ROWS):
+        part = slice(start, start + ROWS)
+        prompts = guard.prompts(items[part], policies[part], space)
+        texts = guard.sample(prompts, temperature=0.0).texts
+        found += [parse_answer(t, p) for t, p in zip(texts, policies[part], strict=True)]
+    return found
+
+
+def names_of(
+    guard: GuardModel,
+    items: Sequence[Evidence],
+    policies: Sequence[PromptPolicy],
+    space: PolicySpace,
+    *,
+    draws: int = 0,
+    choose: Callable[[Evidence, Sequence[str]], int] | None = None,
+    seed: int = 0,
+) -> list[str]:
+    """The name the guard gives each item when it must name it.
+
+    Args:
+        draws: names drawn beside the likeliest one, for `choose`.
+        choose: index of the best of several names of an item.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    before, guard.rationale = guard.rationale, False
+    found: list[str] = []
+    try:
+        for start in range(0, len(items), ROWS):
+            part = slice(start, start + ROWS)
+            prompts = guard.prompts(items[part], policies[part], space)
+            best = guard.sample(prompts, temperature=0.0, begin=(UNSAFE, NOVEL)).texts
+            names = [[_name(t, p)] for t, p in zip(best, policies[part], strict=True)]
+            if draws and choose is not None:
+                more = guard.sample(
+                    prompts, draws, generator=generator, begin=(UNSAFE, NOVEL)
+                ).texts
+                for i, (item, policy) in enumerate(zip(items[part], policies[part], strict=True)):
+                    drawn = [_name(t, policy) for t in more[i * draws : (i + 1) * draws]]
+                    options = [n for n in dict.fromkeys([*names[i], *drawn]) if n]
+                    names[i] = [options[choose(item, options)] if options else ""]
+            found += [n[0] for n in names]
+    finally:
+        guard.rationale = before
+    return found
+
+
+def _name(text: str, policy: PromptPolicy) -> str:
+    answer = parse_answer(text, policy)
+    return (answer.novel or "") if isinstance(answer, Answer) else ""
+
+
+def novelty_of(
+    guard: GuardModel,
+    items: Sequence[Evidence],
+    policies: Sequence[PromptPolicy],
+    space: PolicySpace,
+) -> np.ndarray:
+    """Probability [N] that the guard calls an item risky and novel."""
+    found = []
+    s = guard.tokens
+    with torch.no_grad():
+        for start in range(0, len(items), ROWS):
+            part = slice(start, start + ROWS)
+            prompts = guard.prompts(items[part], policies[part], space)
+            n = len(prompts["input_ids"])
+            tokens = torch.tensor([[s[UNSAFE], s[NOVEL]]]).repeat(n, 1)
+            asked = Completions(tokens, torch.ones(n, 2, dtype=torch.bool), [""] * n)
+            found.append(guard.log_probs(prompts, asked)[0].sum(-1).exp().numpy())
+    return np.concatenate(found) if found else np.empty(0)
