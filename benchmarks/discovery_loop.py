@@ -1,16 +1,18 @@
 """Discovery end to end: a category that no node names is found, named, accepted and retrieved.
 
 ``python benchmarks/discovery_loop.py``: the sentences of the contrast set's test and validation parts,
-and the risky training sentences of the hidden categories, are scanned (the tower was trained with the
-categories and the training sentences; only the taxonomy lacks them); then, one hidden category at a time, they are judged again under a taxonomy without it,
-discovered, accepted and judged again. *novel*: share of the hidden category's risky sentences flagged
-as novel, and of all other sentences. A simulated person accepts a proposal where at least half of its
-members are of the hidden category, and changes nothing in it. *new node*: precision and recall of the
-items whose first node is an accepted one; AP: ranking by its score. *own words*: the same where the
-new node has the hidden category's own name, definition and synonyms, as a person might write it.
+and the risky training sentences of the hidden categories, are scanned (the tower was trained with
+both; only the taxonomy lacks a category). Then, one hidden category at a time, they are judged again
+under a taxonomy without it, discovered, accepted and judged again. *novel*: share of the hidden
+category's risky sentences flagged as novel, and of all other sentences. A simulated person accepts a
+proposal where at least half of its members are of the hidden category, and changes nothing in it. *new
+node*: precision and recall of the items whose first node is an accepted one; AP: ranking by its score.
+*own words*: the same where the new node has the hidden category's own name, definition and synonyms, as
+a person might write it.
 
-``--pictures runs/held_out/model``: the same for held-out classes of Tiny-ImageNet (``--classes``), with a
-model that was trained without them, whose novelty is calibrated on half of the other pictures.
+``--pictures runs/held_out/model``: the same for held-out classes of Tiny-ImageNet (``--classes``, joined
+by ``+`` to groups), with a model that was trained without them, whose novelty is calibrated on half of
+the other pictures.
 
 ``--clusters`` compares ways to cluster on intents of CLINC150 and on categories of the contrast set,
 with strays, and ways to compare phrases with items.
@@ -61,7 +63,7 @@ def main() -> None:
         "--hidden", nargs="*", default=["2.5", "6.4", "7.2"], help="categories, one at a time"
     )
     parser.add_argument("--pictures", metavar="MODEL", help="held-out classes, with this model")
-    parser.add_argument("--classes", nargs="*", help="default: all held-out ones")
+    parser.add_argument("--classes", nargs="*", help="default: all held-out ones; A+B is one group")
     parser.add_argument("--clusters", action="store_true", help="compare ways to cluster and name")
     parser.add_argument("--namer", default="phrases")
     parser.add_argument("--min-size", type=int, default=8)
@@ -139,7 +141,8 @@ def pictures(
     vectors = whole.vectors()[1]
     known = np.array([n not in held_out for n in names])
     for wanted in classes or held_out:
-        truth = np.array([n == wanted for n in names])
+        group = wanted.split("+")
+        truth = np.array([n in group for n in names])
         # every other picture of the known classes calibrates, the rest is the collection
         keep = truth | (known & (np.arange(len(names)) % 2 == 0))
         ordinary = vectors[known & ~keep]
@@ -151,8 +154,11 @@ def pictures(
             link.symlink_to(source / f"{order[row]:06d}.jpg")
         scan([str(place)], place / "scan", asked, options=ScanOptions(256, 0), report=False)
         collection = Collection.open(place / "scan")
-        own = {"parent": "D2", "name": wanted, "definition": f"A picture of a {wanted}.",
-               "synonyms": list(chains[wanted][-2:])}  # fmt: skip
+        own = {
+            "parent": "D2", "name": " or ".join(group),
+            "definition": f"A picture of a {' or a '.join(group)}.",
+            "synonyms": list(dict.fromkeys(c for n in group for c in (n, *chains[n][-2:]))),
+        }  # fmt: skip
         yield wanted, *loop(collection, asked, truth[keep], own, place / "loop", namer, min_size)
 
 

@@ -102,7 +102,8 @@ def add_commands(commands: Any) -> None:
         "--overwrite", action="store_true", help="replace the file if it is there"
     )
     discover.add_argument("--namer", default="phrases", metavar="NAME",
-                          help="phrases (default): the nearest of a list of phrases")  # fmt: skip
+                          help="phrases (default; the nearest of a list), mini-guard, or a guard's "
+                          "folder")  # fmt: skip
     discover.add_argument("--alpha", type=float, default=0.05, metavar="P",
                           help="novelty p-value up to which an item is novel (default: 0.05)")  # fmt: skip
     discover.add_argument("--min-size", type=int, default=8, metavar="N",

@@ -168,6 +168,8 @@ class GuardData(L.LightningDataModule):
         cache: folder for encoded texts and pictures.
         seed: of what is drawn.
         hidden: keep the hidden categories out; without it the guard learns all 45.
+        text_sets: names of sets beside the contrast set.
+        keep_images: keep the encoded pictures, for a published decoder that sees pixels.
     """
 
     def __init__(
@@ -182,12 +184,14 @@ class GuardData(L.LightningDataModule):
         seed: int = 0,
         hidden: bool = True,
         text_sets: list[str] | None = None,
+        keep_images: bool = False,
     ) -> None:
         super().__init__()
         self.encoder, self.data_dir, self.seed = encoder, data_dir, seed
         self.judged, self.described, self.pictures, self.limit = judged, described, pictures, limit
         self.cache = Path(cache) if cache else None
-        self.hidden = hidden
+        self.hidden, self.keep_images = hidden, keep_images
+        self._images: list[bytes] = []
         self.text_sets = list(SETS) if text_sets is None else text_sets
         self._world: GuardWorld | None = None
 
@@ -217,11 +221,16 @@ class GuardData(L.LightningDataModule):
             whitening["image"] = Whitening.fit(pixels)
         shown = self._shown(model, gone)
         phrases = [p for p in bundled_phrases() if p.casefold() not in shown]
+        phrases = phrases[: self.limit and self.limit * 4]
         index = PhraseIndex(phrases, encode_texts(model, phrases, self.cache), whitening)
         made = {k: self._texts(model, samples[k], vectors[k], index) for k in samples}
         if len(pixels):
             evidence = evidence_of(model, {"image": pixels}, [""] * len(pixels), index)
-            whole = [Labelled(e, picture=n) for e, n in zip(evidence, names, strict=True)]
+            kept: list[bytes | None] = [*self._images] or [None] * len(names)
+            whole = [
+                Labelled(e, picture=n, image=i)
+                for e, n, i in zip(evidence, names, kept, strict=True)
+            ]
             made["train"] += whole
             made["train"] += self._both(model, made["train"], vectors["train"], pixels, index)
         words = self._words(model, gone, phrases)
@@ -275,10 +284,15 @@ class GuardData(L.LightningDataModule):
         """Pictures with text in them: a harmless picture, and what is written on it."""
         rng = np.random.default_rng(self.seed)
         rows = rng.choice(len(vectors), min(len(vectors), len(pixels)) // 2, replace=False)
-        seen = pixels[rng.choice(len(pixels), len(rows))]
+        behind = rng.choice(len(pixels), len(rows))
+        seen = pixels[behind]
         texts = [items[i].evidence.text for i in rows]
         both = evidence_of(model, {"image": seen, "ocr": vectors[rows]}, texts, index)
-        return [replace(items[i], evidence=e) for i, e in zip(rows, both, strict=True)]
+        images = [self._images[k] if self._images else None for k in behind]
+        return [
+            replace(items[i], evidence=e, image=b)
+            for i, e, b in zip(rows, both, images, strict=True)
+        ]
 
     def _pictures(self, model: SafetyModel) -> tuple[np.ndarray, list[str]]:
         """Tangent vectors [n, D] of pictures, and the names of their classes."""
@@ -305,6 +319,8 @@ class GuardData(L.LightningDataModule):
                     continue
                 counts[name] = counts.get(name, 0) + 1
                 names.append(f"{name}|{'|'.join(s.extra['hypernyms'][-2:])}")
+                if self.keep_images:
+                    self._images.append(s.image or b"")
                 if not known:
                     size = model.encoder.image_size
                     squares.append(to_pixels(decode(s.image or b"", size=size), size))

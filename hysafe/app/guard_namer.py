@@ -100,7 +100,10 @@ class GuardNamer:
         for i, name, ok in zip(wanted, names, free, strict=True):
             answer = said[i]
             why = answer.rationale if isinstance(answer, Answer) else ""
-            found[i] = Naming(name, why) if name and ok else None
+            if name and ok:
+                found[i] = Naming(name, why)
+            else:  # it says again what the policy lists
+                found[i] = None if always else Naming("", "the guard finds no new name for it")
         return found
 
     def _nearest(self, item: Evidence, names: Sequence[str]) -> int:
@@ -185,7 +188,10 @@ def write_names(path: Path, names: Mapping[str, Naming]) -> int:
         for line in lines:
             data = json.loads(line)
             naming = names.get(data["id"])
-            had = any(data["novelty"].pop(k, None) is not None for k in ("name", "rationale"))
+            before = len(data["novelty"])
+            for key in ("name", "rationale"):
+                data["novelty"].pop(key, None)
+            had = len(data["novelty"]) < before
             if naming is not None:
                 data["novelty"] |= {"name": naming.name or None, "rationale": naming.rationale}
                 count += bool(naming.name)

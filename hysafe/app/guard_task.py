@@ -87,7 +87,7 @@ class GuardTask(L.LightningModule):
         self.sizes = {"width": width, "layers": layers, "heads": heads}
         self.vocab, self.lr, self.weight_decay, self.warmup = vocab, lr, weight_decay, warmup
         self.samples_every = samples_every
-        self.decoder: GuardModel | None = None
+        self.decoder: Any = None
 
     @property
     def world(self) -> GuardWorld:
@@ -148,10 +148,20 @@ class GuardTask(L.LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
-    def model(self) -> GuardModel:
+    def model(self) -> Any:
         """The decoder; :meth:`configure_model` has made it."""
         assert self.decoder is not None
         return self.decoder
+
+    def start(self) -> Any:
+        """The policy that training began from, standing still."""
+        frozen = GuardModel.load(str(self.init_from)).requires_grad_(False)
+        frozen.rationale = False
+        return frozen
+
+    def kept(self, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Losses of right answers and of phrases: what the warm-up trains."""
+        return _losses(self, draw)
 
     def prompts(self, draw: Draw) -> dict[str, Any]:
         """The prompts of what a batch wants judged."""
@@ -219,43 +229,17 @@ class GuardSFT(GuardTask):
             self.world.writer.fits = _fits(similarity, thresholds)
 
     def training_step(self, batch: Draw, index: int) -> Tensor:
-        judged, described = self._losses(batch)
+        judged, described = self.kept(batch)
         self.log_dict({"loss/answer": judged, "loss/phrase": described})
         self._show(batch)
         loss: Tensor = judged + self.describe_weight * described
         return loss
 
     def validation_step(self, batch: Draw, index: int) -> None:
-        judged, described = self._losses(batch)
+        judged, described = self.kept(batch)
         self.log_dict(
             {"val/answer": judged, "val/phrase_perplexity": described.exp()}, batch_size=1
         )
-
-    def _losses(self, draw: Draw) -> tuple[Tensor, Tensor]:
-        prompts = self.prompts(draw)
-        # an item whose category is not among the slots of its prompt has no right answer there
-        keep = [
-            k
-            for k, (e, ids) in enumerate(zip(draw.episodes, prompts["slot_ids"], strict=True))
-            if e.category is None or e.policy.renaming.prompt_id(e.category) in ids
-        ]
-        model = self.model()
-        prompts = _rows(prompts, keep)
-        answers = model.complete(prompts, [draw.answers[k] for k in keep])
-        found, _ = model.log_probs(prompts, answers)
-        weight = answers.mask.float()
-        why = answers.tokens == self._processor().special[WHY]
-        after = (why.cumsum(-1) - why.long()) > 0
-        weight = torch.where(after, weight * RATIONALE_WEIGHT, weight)
-        judged = -(found * weight).sum() / weight.sum().clamp(min=1)
-        if not draw.describe:
-            return judged, judged * 0
-        asked = self._processor().describe([e for e, _ in draw.describe])
-        phrases = model.complete(asked, [p for _, p in draw.describe])
-        said, _ = model.log_probs(asked, phrases)
-        # a phrase of more than six words, or in another script, can never be said
-        sayable = phrases.mask & (said > NEVER_SAID).all(-1, keepdim=True)
-        return judged, -(said * sayable).sum() / sayable.sum().clamp(min=1)
 
 
 class GuardRL(GuardTask):
@@ -298,7 +282,7 @@ class GuardRL(GuardTask):
         self.reward, self.cone, self.group, self.temperature = reward, cone, group, temperature
         self.epochs, self.minibatch, self.warm = epochs, minibatch, warm
         self.value_head: nn.Module | None = None
-        self._reference: list[GuardModel] = []  # a list keeps it out of the state and the optimizer
+        self._reference: list[Any] = []  # a list keeps it out of the state and the optimizer
         self._terms: dict[str, Reward] = {}
 
     def configure_model(self) -> None:
@@ -309,9 +293,7 @@ class GuardRL(GuardTask):
     def on_fit_start(self) -> None:
         self.model().eval()
         if self.algorithm.needs_reference:
-            start = GuardModel.load(str(self.init_from)).requires_grad_(False)
-            start.rationale = False
-            self._reference = [start]
+            self._reference = [self.start()]
         similarity, thresholds = name_similarity(self.world)
         self.world.writer.fits = _fits(similarity, thresholds)
         world = self.world
@@ -364,15 +346,44 @@ class GuardRL(GuardTask):
         """The warm-up's loss on the same batch."""
         model = self.model()
         model.rationale = True
-        judged, described = GuardSFT._losses(self, batch)  # type: ignore[arg-type]
+        judged, described = self.kept(batch)
         model.rationale = False
         return judged + described
 
     def validation_step(self, batch: Draw, index: int) -> None:
-        judged, described = GuardSFT._losses(self, batch)  # type: ignore[arg-type]
+        judged, described = self.kept(batch)
         self.log_dict(
             {"val/answer": judged, "val/phrase_perplexity": described.exp()}, batch_size=1
         )
+
+
+def _losses(task: GuardTask, draw: Draw) -> tuple[Tensor, Tensor]:
+    """Mean negative log-likelihoods: of right answers, and of phrases."""
+    prompts = task.prompts(draw)
+    # an item whose category is not among the slots of its prompt has no right answer there
+    keep = [
+        k
+        for k, (e, ids) in enumerate(zip(draw.episodes, prompts["slot_ids"], strict=True))
+        if e.category is None or e.policy.renaming.prompt_id(e.category) in ids
+    ]
+    model = task.model()
+    prompts = _rows(prompts, keep)
+    answers = model.complete(prompts, [draw.answers[k] for k in keep])
+    found, _ = model.log_probs(prompts, answers)
+    weight = answers.mask.float()
+    why = answers.tokens == task._processor().special[WHY]
+    after = (why.cumsum(-1) - why.long()) > 0
+    weight = torch.where(after, weight * RATIONALE_WEIGHT, weight)
+    weight = weight * ((found > NEVER_SAID) | ~answers.mask).all(-1, keepdim=True)
+    judged = -(found * weight).sum() / weight.sum().clamp(min=1)
+    if not draw.describe:
+        return judged, judged * 0
+    asked = task._processor().describe([e for e, _ in draw.describe])
+    phrases = model.complete(asked, [p for _, p in draw.describe])
+    said, _ = model.log_probs(asked, phrases)
+    # a phrase of more than six words, or in another script, can never be said
+    sayable = phrases.mask & ((said > NEVER_SAID) | ~phrases.mask).all(-1, keepdim=True)
+    return judged, -(said * sayable).sum() / sayable.sum().clamp(min=1)
 
 
 def name_similarity(world: GuardWorld) -> tuple[Similarity, Thresholds]:

@@ -24,7 +24,7 @@ from hysafe.app.pipeline import Judgement
 from hysafe.errors import CollectionError, HysafeError
 from hysafe.index import Collection, CollectionMeta, CollectionWriter
 from hysafe.index.collection import TABLE, drop_table, mend_table, sync_table
-from hysafe.types import Item, Result
+from hysafe.types import Item, NoveltyScores, Result
 
 __all__ = ["RESULTS", "Feed", "Output", "State", "result_line", "writing"]
 
@@ -42,7 +42,11 @@ log = logging.getLogger(__name__)
 
 def result_line(result: Result) -> str:
     """Line of ``results.jsonl``: that of :meth:`hysafe.types.Result.to_dict`, without its copies."""
-    return json.dumps(vars(result), default=vars, ensure_ascii=False) + "\n"
+    return json.dumps(vars(result), default=_plain, ensure_ascii=False) + "\n"
+
+
+def _plain(record: Any) -> Any:
+    return record.to_dict() if isinstance(record, NoveltyScores) else vars(record)
 
 
 class Feed:

@@ -131,7 +131,7 @@ class Towers(nn.Module):
             import hysafe.encoder.fine_stem  # noqa: F401 - timm learns its name
 
             name, config = _register(open_clip, architecture["model_cfg"])
-            with _quiet_transformers():
+            with quiet_transformers():
                 self.model = open_clip.create_model(name)
             # on CPUs the backward pass of eager attention takes half the time at these lengths
             self.model.text.transformer.set_attn_implementation("eager")
@@ -319,7 +319,7 @@ class Towers(nn.Module):
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bar and load report for the small text tower."""
     from transformers.utils import logging
 

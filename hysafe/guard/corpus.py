@@ -156,6 +156,7 @@ class Labelled:
         concept: concept within the category, where it is known.
         benign_of: category whose harmless sibling it is.
         picture: class of the picture, where it has one that is named.
+        image: the encoded picture, where it is kept for a decoder that sees pixels.
     """
 
     evidence: Evidence
@@ -163,6 +164,7 @@ class Labelled:
     concept: str | None = None
     benign_of: str | None = None
     picture: str | None = None
+    image: bytes | None = None
 
 
 def item_of(sample: Sample, taxonomy: Taxonomy) -> tuple[str | None, str | None, str | None] | None:

@@ -35,6 +35,7 @@ from transformers import (
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from hysafe.encoder.towers import quiet_transformers
 from hysafe.errors import ConfigError, ShapeError
 from hysafe.guard.policy import Completions
 from hysafe.guard.protocol import (
@@ -524,14 +525,16 @@ class GuardModel(PreTrainedModel, GenerationMixin):
             raise ConfigError(
                 f"{path} holds no guard: no model.safetensors. Make one with train_guard.py."
             )
-        model = cls.from_pretrained(str(path), use_safetensors=True, local_files_only=True)
+        with quiet_transformers():
+            model = cls.from_pretrained(str(path), use_safetensors=True, local_files_only=True)
         model.processor = GuardProcessor.from_pretrained(path)
         return model.float().eval()  # type: ignore[no-any-return]
 
     def save(self, folder: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
         """Write config.json, model.safetensors and the tokenizer."""
         state = {k: v.to(dtype) for k, v in self.state_dict().items()}
-        self.save_pretrained(str(folder), state_dict=state)
+        with quiet_transformers():
+            self.save_pretrained(str(folder), state_dict=state)
         self._processor().save_pretrained(folder)
 
     # ------------------------------------------------------------ transformers

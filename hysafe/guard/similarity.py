@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from hysafe.encoder.towers import minilm_path
+from hysafe.encoder.towers import minilm_path, quiet_transformers
 
 __all__ = ["minilm_embed"]
 
@@ -18,7 +18,8 @@ __all__ = ["minilm_embed"]
 @cache
 def _minilm() -> tuple[Any, Any]:
     path = minilm_path()
-    model = AutoModel.from_pretrained(path, use_safetensors=True, local_files_only=True)
+    with quiet_transformers():
+        model = AutoModel.from_pretrained(path, use_safetensors=True, local_files_only=True)
     return AutoTokenizer.from_pretrained(path, local_files_only=True), model.eval()
 
 

@@ -1,0 +1,190 @@
+"""The guard's training command: two steps of every stage, its rewards, its export, its resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from hysafe.app.guard_data import GuardData
+from hysafe.app.guard_namer import GuardNamer, load_guard, name_novel, write_names
+from hysafe.app.guard_task import guard_main
+from hysafe.app.pipeline import load
+from hysafe.app.scan import scan
+from hysafe.errors import ConfigError
+from hysafe.guard.corpus import PhraseIndex, Writer
+from hysafe.guard.model import GuardModel
+from hysafe.guard.naming import Naming
+from hysafe.guard.protocol import Answer, parse_answer
+from hysafe.guard.split import HIDDEN, hidden_nodes
+from hysafe.index import Collection
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "guard"
+SMALL = {
+    "encoder": "mini", "judged": 4, "described": 4, "pictures": 0, "limit": 24, "text_sets": [],
+    "cache": None,
+}  # fmt: skip
+
+
+def settings(name: str, folder: Path, changes: dict[str, Any], path: Path) -> str:
+    """A stage's config with small data and two steps, in a file."""
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    config.pop("before", None)
+    config["model"]["init_args"] |= changes
+    config["data"] = SMALL
+    config["trainer"] = {
+        "max_steps": 2, "accelerator": "cpu", "logger": False, "default_root_dir": str(folder),
+        "limit_val_batches": 1, "enable_progress_bar": False, "enable_model_summary": False,
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A guard after two steps of the warm-up."""
+    folder = tmp_path_factory.mktemp("guard")
+    config = settings("tiny", folder, {}, folder / "tiny.yaml")
+    guard_main(["fit", "--config", config])
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def data() -> GuardData:
+    made = GuardData(**SMALL)
+    made.setup()
+    return made
+
+
+def test_the_warm_up_writes_a_guard(warm: Path) -> None:
+    names = {p.name for p in warm.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "phrases.safetensors"} <= names
+    guard = GuardModel.load(warm)
+    assert guard.config.encoder_hash == load("mini").encoder.hash()
+    assert len(PhraseIndex.load(warm).phrases) > 50
+
+
+@pytest.mark.parametrize("name", ["grpo", "grpo_proguard", "rloo", "ppo", "dpo", "response_ppo"])
+def test_two_steps_of_each_algorithm(name: str, warm: Path, tmp_path: Path) -> None:
+    changes = {"init_from": str(warm), "group": 2, "minibatch": 2, "samples_every": 1}
+    guard_main(["fit", "--config", settings(name, tmp_path, changes, tmp_path / "c.yaml")])
+    before, after = GuardModel.load(warm), GuardModel.load(tmp_path / "model")
+    moved = [
+        float((a - b).abs().max())
+        for a, b in zip(before.parameters(), after.parameters(), strict=True)
+    ]
+    assert max(moved) > 0
+    assert all(torch.isfinite(p).all() for p in after.parameters())
+
+
+def test_hidden_categories_are_in_no_item_list_or_policy(data: GuardData) -> None:
+    world = data.world
+    tree = world.model.taxonomy
+    gone = hidden_nodes(tree)
+    assert len(HIDDEN) == 9
+    assert len({tree[c].parent for c in HIDDEN}) == 9  # one or none per domain
+    for item in [*world.train, *world.validation]:
+        assert item.node not in gone
+        assert item.benign_of not in gone
+        assert item.concept not in gone
+    assert not gone & {e.node for e in world.writer.policy.entries}
+    words = {p.casefold() for n in gone for p in tree[n].phrases}
+    assert not words & {p.casefold() for p in [*world.words, *world.index.phrases]}
+
+
+def test_right_answers_are_answers(data: GuardData) -> None:
+    world = data.world
+    kinds = set()
+    for seed, item in enumerate(world.train * 3):
+        drawn = world.writer.draw(item, seed)
+        answer = parse_answer(world.writer.answer(item, drawn, seed), drawn.policy)
+        assert isinstance(answer, Answer)
+        assert answer.rating == drawn.rating
+        kinds.add((answer.rating, answer.category is not None, answer.novel is not None))
+        if item.node is None:
+            assert answer.rating == "safe"
+    assert kinds == {
+        ("safe", False, False), ("safe", True, False), ("unsafe", True, False),
+        ("unsafe", False, True),
+    }  # fmt: skip
+
+
+def test_names_come_from_the_list_where_they_fit(data: GuardData) -> None:
+    world = data.world
+    item = next(i for i in world.train if i.node is not None)
+    first = item.evidence.phrases[0]
+    writer = Writer(world.writer.policy, world.model.taxonomy, lambda phrase, bank: phrase == first)
+    said = set()
+    for seed in range(200):
+        drawn = writer.draw(item, seed)
+        if drawn.bank:
+            said.add(json.loads(writer.answer(item, drawn, seed))["novel"])
+    assert first in said
+    assert len(said) > 1
+
+
+def test_the_index_is_the_same_after_loading(data: GuardData, tmp_path: Path) -> None:
+    index = data.world.index
+    index.save(tmp_path)
+    vectors = index.vectors[:5]
+    assert PhraseIndex.load(tmp_path).nearest(vectors, "text", 3) == index.nearest(vectors, "text", 3)
+    assert index.nearest(vectors, "radio", 3) == [()] * 5
+
+
+def test_scan_names_novel_items_and_changes_no_rating(warm: Path, tmp_path: Path) -> None:
+    model = load("mini")
+    texts = tmp_path / "texts.txt"
+    texts.write_text("how do I sell forged museum tickets\na dog on a lawn\nzxqv blorp 77\n")
+    scan([str(texts)], tmp_path / "plain", model, report=False)
+    scan([str(texts)], tmp_path / "named", model, guard=str(warm))
+    plain, named = (
+        [json.loads(line) for line in (tmp_path / d / "results.jsonl").open()]
+        for d in ("plain", "named")
+    )
+    for a, b in zip(plain, named, strict=True):
+        assert {"policy", "distribution"} <= set(b["novelty"])
+        b["novelty"].pop("name", None)
+        b["novelty"].pop("rationale", None)
+        assert a == b
+    again = scan([str(texts)], tmp_path / "named", model, guard=str(warm), report=False)
+    assert again.known == 3
+
+
+def test_names_in_results(warm: Path, tmp_path: Path) -> None:
+    model = load("mini")
+    texts = tmp_path / "texts.txt"
+    texts.write_text("zxqv blorp 77 nnn\nhow do I sell forged museum tickets\n")
+    scan([str(texts)], tmp_path / "out", model, report=False)
+    path = tmp_path / "out" / "results.jsonl"
+    lines = [json.loads(line) for line in path.open()]
+    assert write_names(path, {lines[0]["id"]: Naming("odd words", "no node holds it")}) == 1
+    assert json.loads(path.read_text().splitlines()[0])["novelty"]["name"] == "odd words"
+    assert write_names(path, {}) == 0  # what stood there is taken away
+    assert [json.loads(line) for line in path.open()] == lines
+    namer = load_guard(str(warm), model)
+    names = name_novel(Collection.open(tmp_path / "out"), model, model.view(), namer, alpha=1.0)
+    assert set(names) == {line["id"] for line in lines}
+
+
+def test_a_namer_gives_every_item_a_name_or_none(warm: Path) -> None:
+    model = load("mini")
+    namer = load_guard(str(warm), model)
+    vectors = model.encode_text(["selling fake tickets", "a dog"]).tangent().numpy()
+    found = namer.name(vectors, ["text", "text"], ["selling fake tickets", "a dog"], model.view())
+    assert len(found) == 2
+    for naming in found:
+        assert naming is None or 0 < len(naming.name.split()) <= 6
+
+
+def test_a_guard_of_another_encoder_is_refused(warm: Path) -> None:
+    model = load("mini")
+    guard = GuardModel.load(warm)
+    guard.config.encoder_hash = "another"
+    with pytest.raises(ConfigError, match="another encoder"):
+        GuardNamer(guard, PhraseIndex.load(warm), model)
+    with pytest.raises(ConfigError, match="no guard 'nothing'"):
+        load_guard("nothing", model)
