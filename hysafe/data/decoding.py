@@ -10,21 +10,23 @@ light. As with every spawned process, a script that uses workers keeps its own s
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.util import Finalize
+from queue import SimpleQueue
 from types import TracebackType
 from typing import NamedTuple
 
@@ -33,7 +35,7 @@ from numpy.typing import NDArray
 
 from hysafe.data.files import error_record
 from hysafe.data.images import MAX_PIXELS, decode, out_of_memory, to_pixels
-from hysafe.errors import ConfigError, InputError
+from hysafe.errors import ConfigError, HysafeError, InputError
 from hysafe.types import ErrorRecord, Item
 
 __all__ = ["DECODE_MEMORY", "DECODE_SECONDS", "DecodePool", "decode_items"]
@@ -49,6 +51,14 @@ CHUNK_BYTES = 16 << 20
 # a batch of several hundred, and a bound on memory (encoded plus decoded bytes).
 AHEAD_CHUNKS_PER_WORKER = 8
 AHEAD_BYTES = 256 << 20
+
+# For a process that replaces another: there may be a moment without memory.
+STARTS = 4
+START_PAUSE_SECONDS = 0.5
+# For the threads to come back at the end; they are daemons, so one that does not holds nothing up.
+END_SECONDS = 10.0
+# A program that is stopped for a while (Ctrl-Z) loses one slice of a picture's time, not all.
+SLICE_SECONDS = 0.25
 
 Pixels = NDArray[np.uint8]
 Decoded = tuple[Item, Pixels | None]
@@ -88,8 +98,7 @@ def decode_items(
         workers: worker processes; 0 decodes in this process.
         chunk: items handed to a worker at once.
         max_pixels: larger pictures become error rows.
-        seconds: a picture that takes longer becomes an error row; in a worker process, and not on
-            Windows.
+        seconds: a picture that takes longer becomes an error row; in a worker process.
         memory: bytes that a worker process may take beyond its start; on Linux.
 
     Yields:
@@ -97,6 +106,9 @@ def decode_items(
         and for a picture that cannot be decoded, then with `error` set. An error that the item
         came with stays. A picture that makes a worker process crash or hang is such an error row,
         too.
+
+    Raises:
+        HysafeError: worker processes that ended cannot be replaced.
     """
     with DecodePool(
         size, workers=workers, chunk=chunk, max_pixels=max_pixels, seconds=seconds, memory=memory
@@ -133,8 +145,7 @@ class DecodePool:
         self.max_pixels = max_pixels
         self.seconds = seconds
         self.memory = memory
-        self._executor: ProcessPoolExecutor | None = None
-        self._quarantine: _Cell | None = None
+        self._crew: _Crew | None = None
 
     def __enter__(self) -> DecodePool:
         return self
@@ -149,10 +160,9 @@ class DecodePool:
 
     def close(self) -> None:
         """End the worker processes. The pool may be used again and then starts new ones."""
-        if self._executor is not None:
-            self._executor.shutdown(cancel_futures=True)
-            self._executor = None
-        self._end_quarantine()
+        if self._crew is not None:
+            self._crew = None
+            self._end_crew()
 
     def decode(
         self, items: Iterable[Item], *, skip: Callable[[Item], bool] | None = None
@@ -179,7 +189,6 @@ class DecodePool:
                 yield from self._collect(task)
         while pending:
             yield from self._collect(pending.popleft())
-        self._end_quarantine()
 
     def _groups(self, items: Iterable[Item]) -> Iterator[list[Item]]:
         group: list[Item] = []
@@ -200,18 +209,16 @@ class DecodePool:
         ]
         pictures = [i.image or b"" for i, w in zip(group, wanted, strict=True) if w]
         cost = sum(len(i.image or b"") for i in group) + 3 * self.size**2 * len(pictures)
-        if not pictures or self.workers == 0:
-            return _Task(group, wanted, pictures, None, cost)
-        if self._executor is None and not self._start():
-            self.workers = 0
-            return _Task(group, wanted, pictures, None, cost)
-        return _Task(group, wanted, pictures, self._send(pictures), cost)
+        if pictures and self.workers and self._crew is None:
+            self._start()
+        future = self._crew.submit(pictures) if pictures and self._crew is not None else None
+        return _Task(group, wanted, pictures, future, cost)
 
     def _collect(self, task: _Task) -> Iterator[Decoded]:
-        if task.future is None:
-            outcomes = _decode_chunk(task.pictures, self.size, self.max_pixels)
+        if task.future is not None:
+            outcomes = task.future.result()
         else:
-            outcomes = self._result(task)
+            outcomes = [_outcome(p, self.size, self.max_pixels) for p in task.pictures]
         rest = iter(outcomes)
         for item, wanted in zip(task.items, task.wanted, strict=True):
             outcome = next(rest) if wanted else None
@@ -220,101 +227,148 @@ class DecodePool:
             else:
                 yield item, outcome
 
-    def _result(self, task: _Task) -> list[Outcome]:
-        """Outcome of a chunk; where its pool broke, find the picture to blame."""
-        assert task.future is not None
+    def _start(self) -> None:
+        """Start the processes; with a warning, do without where they cannot be started."""
         try:
-            return task.future.result()
-        except (BrokenProcessPool, MemoryError):
-            if self._quarantine is None:
-                logger.warning("a decoding process ended unexpectedly; its work is done again")
-            return [self._alone(picture) for picture in task.pictures]
-
-    def _alone(self, picture: bytes) -> Outcome:
-        """Decode in a process beside the pool, one picture at a time: a crash names its cause.
-
-        Twice, for the process may also have been killed from outside.
-        """
-        for _ in range(2):
-            if self._quarantine is None:
-                self._quarantine = _Cell(self.memory)
-            outcome = self._quarantine.decode(picture, self.size, self.max_pixels, self.seconds)
-            if outcome is not None and outcome is not TIMED_OUT:
-                return outcome
-            self._end_quarantine()
-            if outcome is TIMED_OUT:
-                return TIMED_OUT
-        return CRASHED
-
-    def _end_quarantine(self) -> None:
-        if self._quarantine is not None:
-            self._quarantine.close()
-            self._quarantine = None
-
-    def _send(self, pictures: list[bytes]) -> Future[list[Outcome]]:
-        assert self._executor is not None
-        work = partial(_decode_chunk, pictures, self.size, self.max_pixels, self.seconds)
-        try:
-            return self._executor.submit(work)
-        except BrokenProcessPool:
-            self._executor.shutdown()
-            self._executor = self._new_executor()
-            return self._executor.submit(work)
-
-    def _start(self) -> bool:
-        """Start the pool; False, with a warning, where processes cannot be started."""
-        executor = self._new_executor()
-        try:
-            executor.submit(os.getpid).result()
-        except (BrokenProcessPool, OSError) as error:
-            executor.shutdown()
+            self._crew = _Crew(self.workers, self.seconds, self.memory, self.size, self.max_pixels)
+        except HysafeError as error:
+            self.workers = 0
             logger.warning(
-                "decoding processes do not start (%s), decoding in this one, which is slower. "
+                "decoding processes do not start (%r), decoding in this one, which is slower. "
                 'In a script, keep the start behind `if __name__ == "__main__":`.',
-                error,
+                error.__cause__,
             )
-            return False
-        self._executor = executor
-        return True
+        else:
+            # Also at exit, before multiprocessing waits for the processes.
+            self._end_crew = Finalize(self, self._crew.end, exitpriority=0)
 
-    def _new_executor(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(
-            self.workers,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_prepare_worker,
-            initargs=(self.memory,),
-        )
+
+class _Crew:
+    """Threads that hand chunks to processes; `settings` are those of :func:`_serve`."""
+
+    def __init__(self, workers: int, seconds: float, *settings: int) -> None:
+        self._seconds = seconds
+        self._settings = settings
+        self._jobs: SimpleQueue[tuple[list[bytes], Future[list[Outcome]]] | None] = SimpleQueue()
+        # Not a plain lock: the garbage collector may call `end` in any thread.
+        self._lock = threading.RLock()
+        self._ended = False
+        self._warned = False
+        self._cells: set[_Cell] = set()
+        self._idle: list[_Cell] = []
+        self._idle.append(self._cell(starts=1))
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, pictures: list[bytes]) -> Future[list[Outcome]]:
+        future: Future[list[Outcome]] = Future()
+        self._jobs.put((pictures, future))
+        return future
+
+    def end(self) -> None:
+        """Kill the processes; a thread that waits for one comes back and gives up its work."""
+        with self._lock:
+            self._ended = True
+            for cell in self._cells:
+                cell.process.kill()
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(END_SECONDS)
+        for cell in list(self._cells):
+            self._drop(cell)
+
+    def _work(self) -> None:
+        for pictures, future in iter(self._jobs.get, None):
+            try:
+                future.set_result(self._outcomes(pictures))
+            except BaseException as error:
+                future.set_exception(error)
+            del pictures, future
+
+    def _outcomes(self, pictures: list[bytes]) -> list[Outcome]:
+        """Outcome of each picture; one that ends its process is tried once more, alone."""
+        outcomes: list[Outcome] = []
+        at_once, suspect = len(pictures), -1
+        while (done := len(outcomes)) < len(pictures):
+            cell = self._cell(STARTS)
+            found, problem = cell.decode(pictures[done : done + at_once], self._seconds)
+            outcomes += found
+            if problem is None:
+                self._idle.append(cell)
+                continue
+            self._drop(cell)
+            if problem is CRASHED and suspect != len(outcomes):
+                # Perhaps the process was killed from outside, or by a picture further on.
+                at_once, suspect = 1, len(outcomes)
+                if not (self._warned or self._ended):
+                    self._warned = True
+                    logger.warning("a decoding process ended unexpectedly; its work is done again")
+            else:
+                outcomes.append(problem)
+        return outcomes
+
+    def _cell(self, starts: int) -> _Cell:
+        """An idle cell, or a new one with so many tries to start it."""
+        cell = None
+        try:
+            with self._lock:
+                if self._idle:
+                    return self._idle.pop()
+                if self._ended:
+                    raise CancelledError
+                cell = _Cell(*self._settings)
+                self._cells.add(cell)
+            cell.line.recv()  # its start is not the first picture's time
+            return cell
+        except (EOFError, OSError) as error:
+            if cell is not None:
+                self._drop(cell)
+            if starts == 1:
+                raise HysafeError(
+                    f"Decoding processes do not start any more ({error!r}). Free memory and start "
+                    "again; if you trust the pictures, decode without processes (--workers 0)."
+                ) from error
+        if not self._ended:
+            time.sleep(START_PAUSE_SECONDS)
+        return self._cell(starts - 1)
+
+    def _drop(self, cell: _Cell) -> None:
+        with self._lock:
+            self._cells.discard(cell)
+        cell.process.kill()
+        # Process.close() would fail where another thread has just collected the process.
+        cell.process.join()
+        cell.line.close()
 
 
 class _Cell:
-    """A process that decodes one picture at a time; its owner ends it when time is up."""
+    """A process that decodes for one thread at a time; any thread may kill it."""
 
-    def __init__(self, memory: int) -> None:
+    def __init__(self, *settings: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self._line, far_end = context.Pipe()
-        self._process = context.Process(target=_serve_cell, args=(far_end, memory), daemon=True)
-        self._process.start()
-        far_end.close()
-        self._started = False
+        self.line, far_end = context.Pipe()
+        self.process = context.Process(target=_serve, args=(far_end, *settings), daemon=True)
+        self.process.start()
+        far_end.close()  # the line ends with the process
 
-    def decode(self, picture: bytes, size: int, max_pixels: int, seconds: float) -> Outcome | None:
-        """What came of a picture; None where the process ended. After that and after
-        :data:`TIMED_OUT` the cell is of no use any more."""
+    def decode(
+        self, pictures: list[bytes], seconds: float
+    ) -> tuple[list[Outcome], ErrorRecord | None]:
+        """What came of the pictures, and of the one that the cell did not survive."""
+        outcomes: list[Outcome] = []
+        slices = math.ceil(seconds / SLICE_SECONDS)
         try:
-            self._started = self._started or self._line.recv()  # its start is not the picture's
-            self._line.send((picture, size, max_pixels))
-            if not self._line.poll(seconds):
-                return TIMED_OUT
-            outcome: Outcome = self._line.recv()
-            return outcome
+            self.line.send(pictures)
+            for _ in pictures:
+                if not any(self.line.poll(seconds / slices) for _ in range(slices)):
+                    return outcomes, TIMED_OUT
+                outcomes.append(self.line.recv())
         except (EOFError, OSError):
-            return None
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.join()
-        self._process.close()
-        self._line.close()
+            return outcomes, CRASHED
+        return outcomes, None
 
 
 class _Task(NamedTuple):
@@ -325,50 +379,28 @@ class _Task(NamedTuple):
     cost: int  # bytes held, encoded and decoded
 
 
-def _decode_chunk(
-    pictures: list[bytes], size: int, max_pixels: int, seconds: float | None = None
-) -> list[Outcome]:
-    """Runs in the worker, which ends when a picture takes longer than `seconds`."""
-    outcomes: list[Outcome] = []
-    for picture in pictures:
-        try:
-            with _deadline(seconds):
-                image = decode(picture, size=size, max_pixels=max_pixels)
-                outcomes.append(to_pixels(image, size))
-        except InputError as error:
-            outcomes.append(error_record(error))
-        except MemoryError:
-            outcomes.append(OUT_OF_MEMORY)
-    return outcomes
-
-
-@contextmanager
-def _deadline(seconds: float | None) -> Iterator[None]:
-    """End this process when the body takes longer. The system does it: a loop inside a decoder's
-    C code hears nothing else."""
-    if seconds is None or not hasattr(signal, "setitimer"):
-        yield
-        return
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+def _outcome(picture: bytes, size: int, max_pixels: int) -> Outcome:
     try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        return to_pixels(decode(picture, size=size, max_pixels=max_pixels), size)
+    except InputError as error:
+        return error_record(error)
+    except MemoryError:
+        return OUT_OF_MEMORY
 
 
-def _serve_cell(line: Connection, memory: int) -> None:
+def _serve(line: Connection, memory: int, size: int, max_pixels: int) -> None:
+    """Runs in the worker: answer lists of pictures with an outcome for each."""
     _prepare_worker(memory)
-    line.send(True)
-    while True:
-        picture, size, max_pixels = line.recv()
-        line.send(_decode_chunk([picture], size, max_pixels)[0])
+    with suppress(EOFError, OSError):  # the owner has ended
+        line.send(None)
+        while True:
+            for picture in line.recv():
+                line.send(_outcome(picture, size, max_pixels))
 
 
 def _prepare_worker(memory: int) -> None:
     """Leave Ctrl-C to the owner, keep Pillow's warnings off the terminal, end with the owner."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGALRM"):
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process
     warnings.simplefilter("ignore")
     _limit_memory(memory)
     threading.Thread(target=_end_with_owner, daemon=True).start()
@@ -389,7 +421,7 @@ def _limit_memory(memory: int) -> None:
 
 
 def _end_with_owner() -> None:
-    # Workers hold both ends of their queues, so the death of a killed owner is no end of file.
+    # Who hangs in a picture reads no end of file.
     owner = multiprocessing.parent_process()
     if owner is not None:
         multiprocessing.connection.wait([owner.sentinel])
