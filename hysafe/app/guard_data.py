@@ -84,7 +84,7 @@ def encode_texts(model: SafetyModel, texts: Sequence[str], cache: Path | None) -
 
 def evidence_of(
     model: SafetyModel, channels: Mapping[str, np.ndarray], texts: Sequence[str], index: PhraseIndex,
-    view: Any = None, *, phrases: int = 12,
+    view: Any = None, *, phrases: int = 16,
 ) -> list[Evidence]:  # fmt: skip
     """Evidence of n items, each with the same channels.
 
@@ -99,7 +99,7 @@ def evidence_of(
     margins = np.max([s.margins for s in said.values()], axis=0).astype(np.float32)
     scores = np.max([s.nodes for s in said.values()], axis=0).astype(np.float32)
     words = next(c for c in ("text", "ocr", "image") if c in channels)
-    near = index.nearest(channels[words], words, phrases)
+    near = index.find(channels[words], words, phrases)
     found = []
     for i, text in enumerate(texts):
         found.append(
@@ -110,7 +110,8 @@ def evidence_of(
                 np.array(
                     [np.nan if s.distribution is None else s.distribution[i] for s in said.values()]
                 ),
-                margins[i], scores[i], text, near[i],
+                margins[i], scores[i], text, tuple(index.phrases[c] for c in near[i][0]),
+                index.vectors[near[i][0]].astype(np.float16), near[i][1],
             )
         )  # fmt: skip
     return found

@@ -30,7 +30,7 @@ from hysafe.guard.algorithms import (
     minibatches,
     response_reward,
 )
-from hysafe.guard.model import WHY, GuardModel, GuardProcessor, train_tokenizer
+from hysafe.guard.model import PHRASES, WHY, GuardModel, GuardProcessor, train_tokenizer
 from hysafe.guard.protocol import split_bank
 from hysafe.guard.rewards import (
     Reward,
@@ -199,8 +199,8 @@ class GuardSFT(GuardTask):
 
     Args:
         describe_weight: of the phrases' loss beside the answers'.
-        name_from_list: half of the names of novel risks are the item's nearest phrase that MiniLM
-            finds close enough to the bank, so that the decoder learns to choose.
+        name_from_list: most names of novel risks are that of the item's nearest phrases which MiniLM
+            finds closest to the bank, so that the decoder learns to choose.
         **options: of :class:`GuardTask`.
     """
 
@@ -226,7 +226,7 @@ class GuardSFT(GuardTask):
     def on_fit_start(self) -> None:
         if self.name_from_list:
             similarity, thresholds = name_similarity(self.world)
-            self.world.writer.fits = _fits(similarity, thresholds)
+            self.world.writer.best = _best(similarity, thresholds)
 
     def training_step(self, batch: Draw, index: int) -> Tensor:
         judged, described = self.kept(batch)
@@ -295,7 +295,7 @@ class GuardRL(GuardTask):
         if self.algorithm.needs_reference:
             self._reference = [self.start()]
         similarity, thresholds = name_similarity(self.world)
-        self.world.writer.fits = _fits(similarity, thresholds)
+        self.world.writer.best = _best(similarity, thresholds)
         world = self.world
         if self.reward == "ours":
             cone = None
@@ -398,13 +398,17 @@ def name_similarity(world: GuardWorld) -> tuple[Similarity, Thresholds]:
     return similarity, calibrate_similarity(similarity, banks)
 
 
-def _fits(similarity: Similarity, thresholds: Thresholds) -> Callable[[str, Sequence[str]], bool]:
-    half = (thresholds.low + thresholds.high) / 2
+def _best(
+    similarity: Similarity, thresholds: Thresholds
+) -> Callable[[Sequence[str], Sequence[str]], int | None]:
+    """Which phrase is nearest to a bank, where it is nearer than most strangers are."""
 
-    def fits(phrase: str, bank: Sequence[str]) -> bool:
-        return bool(similarity([phrase], list(bank)).max() >= half)
+    def best(phrases: Sequence[str], bank: Sequence[str]) -> int | None:
+        near = similarity(list(phrases)[:PHRASES], list(bank)).amax(-1)
+        found = int(near.argmax())
+        return found if float(near[found]) >= thresholds.low else None
 
-    return fits
+    return best
 
 
 def _rows(prompts: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:

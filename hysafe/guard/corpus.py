@@ -39,6 +39,8 @@ __all__ = [
 # How often a risky item's category is taken out of the policy, and is allowed by it.
 HIDE_RATE = 0.4
 ALLOW_RATE = 0.1
+# How often a name is chosen among the item's nearest phrases, where one fits.
+CHOOSE_RATE = 0.85
 # Entries of a training policy: from few to all.
 SIZES = (6, 12, 20, 36)
 # Items compared with all phrases at once.
@@ -99,9 +101,15 @@ class PhraseIndex:
     def nearest(self, vectors: np.ndarray, channel: str, k: int) -> list[tuple[str, ...]]:
         """k phrases for each of n vectors [n, D] of a channel, nearest first; none for a channel
         without whitening."""
+        return [tuple(self.phrases[c] for c in rows) for rows, _ in self.find(vectors, channel, k)]
+
+    def find(
+        self, vectors: np.ndarray, channel: str, k: int
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """As :meth:`nearest`: places in the list [k] and cosines [k] for each vector."""
         if channel not in self.whitening:
-            return [()] * len(vectors)
-        found: list[tuple[str, ...]] = []
+            return [(np.empty(0, np.int64), np.empty(0, np.float32))] * len(vectors)
+        found: list[tuple[np.ndarray, np.ndarray]] = []
         k = min(k, len(self.phrases))
         for start in range(0, len(vectors), ROWS):
             seen = self.whitening[channel].directions(vectors[start : start + ROWS])
@@ -109,7 +117,7 @@ class PhraseIndex:
             top = np.argpartition(-close, k - 1, axis=1)[:, :k]
             for row, columns in zip(close, top, strict=True):
                 ranked = columns[np.argsort(-row[columns], kind="stable")]
-                found.append(tuple(self.phrases[c] for c in ranked))
+                found.append((ranked, row[ranked]))
         return found
 
     def save(self, folder: str | Path) -> None:
@@ -200,17 +208,17 @@ class Writer:
     Args:
         policy: what episodes draw from.
         taxonomy: the tree of its nodes.
-        fits: whether a phrase names a node, for choosing among an item's nearest phrases; without
-            it names come from the banks alone.
+        best: which of an item's nearest phrases names a bank best, None where none does; without it
+            names come from the banks alone.
     """
 
     def __init__(
         self,
         policy: PromptPolicy,
         taxonomy: Taxonomy,
-        fits: Callable[[str, Sequence[str]], bool] | None = None,
+        best: Callable[[Sequence[str], Sequence[str]], int | None] | None = None,
     ) -> None:
-        self.policy, self.taxonomy, self.fits = policy, taxonomy, fits
+        self.policy, self.taxonomy, self.best = policy, taxonomy, best
 
     def draw(self, item: Labelled, seed: int) -> Episode:
         """A policy for the item: complete or a part, with its category, without it or allowed."""
@@ -236,10 +244,11 @@ class Writer:
         return write_answer(drawn.answer(self._rationale(drawn, rng), name=name), drawn.policy)
 
     def _name(self, item: Labelled, drawn: Episode, rng: random.Random) -> str:
-        if self.fits is not None and rng.random() < 0.5:
-            for phrase in item.evidence.phrases:
-                if self.fits(phrase, drawn.bank):
-                    return phrase
+        near = item.evidence.phrases
+        if self.best is not None and near and rng.random() < CHOOSE_RATE:
+            chosen = self.best(near, drawn.bank)
+            if chosen is not None:
+                return near[chosen]
         names = [p for p in drawn.bank if len(p.split()) > 1] or list(drawn.bank)
         if item.concept is not None and rng.random() < 0.5:
             finer = split_bank(self.taxonomy[item.concept]).train

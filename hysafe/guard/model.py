@@ -2,7 +2,8 @@
 
 A prompt is a row of tokens in which some are points: the item (each of its channels as K tokens),
 then the listed categories whose cones are nearest, each as a slot and the apex of its cone, then the
-nearest phrases of a list and the beginning of the item's text, in words. The answer names a slot, so
+nearest phrases of a list, each as a pointer and its point (the first also in words), and the beginning
+of the item's text. A name is one of these phrases, by its pointer, or words of the decoder's own. The answer names a slot, so
 a category may stand under any id, in any order, in any company; :meth:`GuardModel.spell` writes the
 slot's id into the answer of :mod:`hysafe.guard.protocol`. Answers are drawn from the well-formed
 ones only.
@@ -40,6 +41,7 @@ from hysafe.errors import ConfigError, ShapeError
 from hysafe.guard.policy import Completions
 from hysafe.guard.protocol import (
     MAX_NAME_WORDS,
+    Entry,
     ParseError,
     PromptPolicy,
     load_object,
@@ -65,9 +67,10 @@ POINT_TOKENS = 4
 # Numbers beside the tangent vector of a point, see :func:`_features`.
 NUMBERS = 6
 KINDS = ("text", "image", "ocr", "entry")
-# The beginning of the text that is read, in tokens; phrases shown; limits of an answer, in tokens.
+# The beginning of the text that is read, in tokens; phrases shown, and shown in words; limits of an answer, in tokens.
 TEXT_TOKENS = 24
-PHRASES = 3
+PHRASES = 12
+SPELLED = 3
 NAME_TOKENS = 20
 RATIONALE_TOKENS = 40
 
@@ -80,9 +83,10 @@ SAFE, UNSAFE, REVIEW, NONE, NOVEL, WHY = (
 )  # fmt: skip
 RATING_TOKENS: dict[str, Rating] = {SAFE: "safe", UNSAFE: "unsafe", REVIEW: "review"}
 SLOT_TOKENS = tuple(f"<c{i}>" for i in range(SLOTS))
+PHRASE_TOKENS = tuple(f"<n{i}>" for i in range(PHRASES))
 SPECIAL = (
     PAD, EOS, POINT, ITEM, POLICY, ALLOWED, NEAR, TEXT, NAME, ANSWER, *RATING_TOKENS, NONE, NOVEL,
-    WHY, *SLOT_TOKENS,
+    WHY, *SLOT_TOKENS, *PHRASE_TOKENS,
 )  # fmt: skip
 _NAME_TOKEN = re.compile(r" ?[A-Za-z0-9&,/'’.-]*")
 # Logits of what may not follow.
@@ -126,6 +130,8 @@ class Evidence:
         margins, scores: of the item in the cones of the space's nodes [N].
         text: given or read.
         phrases: the nearest of a list, nearest first.
+        phrase_vectors, phrase_scores: their tangent vectors [k, D] and how near they are [k], the
+            cosine of :class:`hysafe.guard.corpus.PhraseIndex`; without them none can be pointed at.
     """
 
     channels: tuple[str, ...]
@@ -136,6 +142,8 @@ class Evidence:
     scores: np.ndarray
     text: str = ""
     phrases: tuple[str, ...] = ()
+    phrase_vectors: np.ndarray | None = None
+    phrase_scores: np.ndarray | None = None
 
 
 def _features(
@@ -197,8 +205,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab: int) -> PreTrainedTokenizerF
     )
 
 
-# Tokens, points, ids behind the slots, and which of them are allowed.
-_Row = tuple[list[int], list[Tensor], list[str], list[bool]]
+# Tokens, points, ids behind the slots, which of them are allowed, phrases behind the pointers.
+_Row = tuple[list[int], list[Tensor], list[str], list[bool], list[str]]
 
 
 class GuardProcessor:
@@ -214,6 +222,7 @@ class GuardProcessor:
             )
         self.special = dict(zip(SPECIAL, ids, strict=True))
         self.slots = [self.special[t] for t in SLOT_TOKENS]
+        self.pointers = [self.special[t] for t in PHRASE_TOKENS]
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> GuardProcessor:
@@ -254,7 +263,7 @@ class GuardProcessor:
         made: list[_Row] = []
         for item in items:
             tokens, points = self._item(item)
-            made.append(([*tokens, s[NAME]], points, [], []))
+            made.append(([*tokens, s[NAME]], points, [], [], []))
         return self._batch(made)
 
     def _judge(
@@ -274,12 +283,30 @@ class GuardProcessor:
                 )
             )  # fmt: skip
             tokens += [slot, s[POINT], *([s[ALLOWED]] if entry.allowed else [])]
-        for phrase in item.phrases[:PHRASES]:
-            tokens += [s[NEAR], *self.words(phrase, NAME_TOKENS)]
+        pointed = self._phrases(item, near, tokens, points)
         if item.text:
             tokens += [s[TEXT], *self.words(item.text, TEXT_TOKENS)]
         ids = [policy.renaming.prompt_id(e.node) for e in near]
-        return [*tokens, s[ANSWER]], points, ids, [e.allowed for e in near]
+        return [*tokens, s[ANSWER]], points, ids, [e.allowed for e in near], pointed
+
+    def _phrases(
+        self, item: Evidence, near: Sequence[Entry], tokens: list[int], points: list[Tensor]
+    ) -> list[str]:
+        """Put the nearest phrases into a prompt; those that can be pointed at."""
+        s = self.special
+        listed = {e.name.casefold() for e in near}
+        shown = [k for k, p in enumerate(item.phrases) if p.casefold() not in listed][:PHRASES]
+        pointed = []
+        for place, k in enumerate(shown):
+            if item.phrase_vectors is not None and item.phrase_scores is not None:
+                vector = torch.as_tensor(item.phrase_vectors[k]).float()
+                score = float(item.phrase_scores[k])
+                points.append(_features("entry", vector, token=1, margin=score))
+                tokens += [self.pointers[place], s[POINT]]
+                pointed.append(item.phrases[k])
+            if place < SPELLED:
+                tokens += [s[NEAR], *self.words(item.phrases[k], NAME_TOKENS)]
+        return pointed
 
     def _item(self, item: Evidence) -> tuple[list[int], list[Tensor]]:
         points = [
@@ -309,6 +336,7 @@ class GuardProcessor:
             "points": stack,
             "slot_ids": [m[2] for m in made],
             "slot_allowed": [m[3] for m in made],
+            "phrases": [m[4] for m in made],
         }
 
 
@@ -345,6 +373,7 @@ class AnswerShape:
             ]
         )
         self.s, self.slots, self.vocab = s, processor.slots, vocab
+        self.pointers = processor.pointers
 
     def start(self, prompts: Mapping[str, Any]) -> dict[str, Tensor]:
         """The state of each of B answers before its first token."""
@@ -356,9 +385,12 @@ class AnswerShape:
         for i, flags in enumerate(prompts["slot_allowed"]):
             listed[i, : len(flags)] = True
             allowed[i, : len(flags)] = torch.tensor(flags, dtype=torch.bool)
+        pointed = torch.tensor([len(p) for p in prompts["phrases"]])
+        phrases = torch.arange(len(self.pointers))[None] < pointed[:, None]
         zeros = torch.zeros(n, dtype=torch.long)
         return {
-            "part": asks, "forbidden": listed & ~allowed, "allowed": allowed, "safe": zeros > 0,
+            "part": asks, "forbidden": listed & ~allowed, "allowed": allowed,
+            "phrases": phrases, "safe": zeros > 0,
             "review": zeros > 0, "tokens": zeros.clone(), "words": zeros.clone(),
         }  # fmt: skip
 
@@ -384,6 +416,8 @@ class AnswerShape:
         goes_on = named & ~empty & (state["tokens"] < NAME_TOKENS)
         full = (state["words"] >= MAX_NAME_WORDS)[:, None] & self.begins[None]
         may |= (named & empty)[:, None] & self.first[None]
+        begins = (part == _IN_NAME) & empty
+        may[:, self.pointers] = state["phrases"] & begins[:, None]
         may |= goes_on[:, None] & self.name[None] & ~full
         may[:, s[WHY]] |= (part == _IN_NAME) & ~empty
         may[:, s[EOS]] |= (part == _PHRASE) & ~empty
@@ -401,6 +435,8 @@ class AnswerShape:
         new[part == _RATING] = _VERDICT
         new[part == _VERDICT] = _PLACED
         new[(part == _VERDICT) & (tokens == s[NOVEL])] = _IN_NAME
+        pointer = torch.isin(tokens, torch.tensor(self.pointers))
+        new[(part == _IN_NAME) & pointer] = _PLACED
         new[tokens == s[WHY]] = _IN_WHY
         new[tokens == s[EOS]] = _DONE
         inside = (new == part) & ((part == _IN_NAME) | (part == _PHRASE) | (part == _IN_WHY))
@@ -570,7 +606,7 @@ class GuardModel(PreTrainedModel, GenerationMixin):
             place = input_ids == self.config.point_token_id
             if points is not None and bool(place.any()):
                 inputs_embeds = self._with_points(inputs_embeds, place, points)
-        for name in ("slot_ids", "slot_allowed"):
+        for name in ("slot_ids", "slot_allowed", "phrases"):
             kwargs.pop(name, None)
         output: CausalLMOutputWithPast = self.language_model(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels, **kwargs
@@ -685,8 +721,10 @@ class GuardModel(PreTrainedModel, GenerationMixin):
         processor = self._processor()
         asks = prompts["input_ids"][:, -1] == processor.special[NAME]
         return [
-            self._words(row) if bool(phrase) else self._answer(row, ids)
-            for row, phrase, ids in zip(tokens.tolist(), asks, prompts["slot_ids"], strict=True)
+            self._words(row) if bool(phrase) else self._answer(row, ids, near)
+            for row, phrase, ids, near in zip(
+                tokens.tolist(), asks, prompts["slot_ids"], prompts["phrases"], strict=True
+            )
         ]
 
     def _words(self, tokens: Sequence[int]) -> str:
@@ -695,7 +733,7 @@ class GuardModel(PreTrainedModel, GenerationMixin):
         kept = [t for t in tokens if t not in special]
         return str(processor.tokenizer.decode(kept)).strip()
 
-    def _answer(self, tokens: Sequence[int], ids: Sequence[str]) -> str:
+    def _answer(self, tokens: Sequence[int], ids: Sequence[str], near: Sequence[str]) -> str:
         s = self._processor().special
         names = {v: k for k, v in s.items()}
         rating = RATING_TOKENS.get(names.get(tokens[0], ""))
@@ -704,7 +742,9 @@ class GuardModel(PreTrainedModel, GenerationMixin):
             return self._words(tokens)
         body: dict[str, str | None] = {"rating": rating}
         if tokens[1] == s[NOVEL]:
-            body["novel"] = self._words(tokens[2:why])
+            pointer = names.get(tokens[2], "") if len(tokens) > 2 else ""
+            place = PHRASE_TOKENS.index(pointer) if pointer in PHRASE_TOKENS else len(near)
+            body["novel"] = near[place] if place < len(near) else self._words(tokens[2:why])
         elif names.get(tokens[1]) in SLOT_TOKENS:
             slot = SLOT_TOKENS.index(names[tokens[1]])
             body["category"] = ids[slot] if slot < len(ids) else None
@@ -724,8 +764,10 @@ class GuardModel(PreTrainedModel, GenerationMixin):
         rows = [
             [*self._processor().words(text, NAME_TOKENS), s[EOS]]
             if bool(phrase)
-            else self._tokens(text, ids)
-            for text, phrase, ids in zip(texts, asks, prompts["slot_ids"], strict=True)
+            else self._tokens(text, ids, near)
+            for text, phrase, ids, near in zip(
+                texts, asks, prompts["slot_ids"], prompts["phrases"], strict=True
+            )
         ]
         length = max(map(len, rows))
         tokens = torch.full((len(rows), length), s[PAD])
@@ -735,14 +777,16 @@ class GuardModel(PreTrainedModel, GenerationMixin):
             mask[i, : len(row)] = True
         return Completions(tokens, mask, list(texts))
 
-    def _tokens(self, text: str, ids: Sequence[str]) -> list[int]:
+    def _tokens(self, text: str, ids: Sequence[str], near: Sequence[str]) -> list[int]:
         s, words = self._processor().special, self._processor().words
         body = load_object(text, 8192)
         rating = {v: k for k, v in RATING_TOKENS.items()}
         if isinstance(body, ParseError) or body.get("rating") not in rating:
             raise ConfigError(f"{text[:80]!r} is no answer. Write it with write_answer.")
         row = [s[rating[body["rating"]]]]
-        if body.get("novel"):
+        if body.get("novel") in near:
+            row += [s[NOVEL], self._processor().pointers[list(near).index(body["novel"])]]
+        elif body.get("novel"):
             row += [s[NOVEL], *words(body["novel"], NAME_TOKENS)]
         elif body.get("category") is None:
             row.append(s[NONE])

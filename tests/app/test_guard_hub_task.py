@@ -52,7 +52,11 @@ def drawn(data: GuardData) -> Draw:
 
 @pytest.mark.parametrize("task", [HubSFT, HubRL])
 def test_a_step_trains_the_adapter_alone(
-    task: type, families: ModuleType, data: GuardData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    task: type,
+    families: ModuleType,
+    data: GuardData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     family = families.build("qwen")
     decoder = families.with_adapter(family)

@@ -14,8 +14,10 @@ from hysafe.errors import ConfigError, ShapeError
 from hysafe.guard.algorithms import GRPO, collect, minibatches, sft_loss
 from hysafe.guard.model import (
     NAME_TOKENS,
+    NOVEL,
     SLOTS,
     SPECIAL,
+    UNSAFE,
     Evidence,
     GuardModel,
     GuardProcessor,
@@ -221,6 +223,44 @@ def test_generate_of_transformers_agrees_with_sample(model: GuardModel) -> None:
     )
 
 
+def pointed() -> list[Evidence]:
+    rng = np.random.default_rng(7)
+    return [
+        replace(
+            e, phrases=("coin collecting", "fake shops", "Weapons & explosives"),
+            phrase_vectors=rng.standard_normal((3, DIM)), phrase_scores=np.array([0.9, 0.5, 0.1]),
+        )
+        for e in items()
+    ]  # fmt: skip
+
+
+def test_names_may_be_pointed_at(model: GuardModel) -> None:
+    batch = model.prompts(pointed(), [e.policy for e in episodes()], SPACE)
+    drawn = model.sample(
+        batch, 40, generator=torch.Generator().manual_seed(0), begin=(UNSAFE, NOVEL)
+    )
+    said = {json.loads(t)["novel"] for t in drawn.texts}
+    assert {"coin collecting", "fake shops"} <= said
+    assert len(said) > 3  # and words of its own
+    pointers = torch.tensor(model._processor().pointers)
+    third = drawn.tokens[torch.isin(drawn.tokens[:, 2], pointers), 3]
+    assert bool((third == model.tokens["<why>"]).all())  # a pointer is the whole name
+    answers = ['{"rating": "unsafe", "novel": "fake shops", "rationale": ""}'] * 4
+    tokens = model.complete(batch, answers).tokens
+    assert tokens[:, 2].tolist() == [model._processor().pointers[1]] * 4
+    assert [json.loads(t)["novel"] for t in model.spell(batch, tokens)] == ["fake shops"] * 4
+
+
+def test_a_listed_name_cannot_be_pointed_at(model: GuardModel) -> None:
+    policy = episodes()[0].policy
+    listed = next(e.node for e in policy.entries if e.name == "Weapons & explosives")
+    near = np.where(np.array(SPACE.ids) == listed, 9.0, 0.0)
+    batch = model.prompts([replace(pointed()[0], margins=near)], [policy], SPACE)
+    assert batch["phrases"] == [["coin collecting", "fake shops"]]
+    without = model.prompts(items(), [e.policy for e in episodes()], SPACE)
+    assert without["phrases"] == [[]] * 4
+
+
 def test_save_and_load_are_exact(model: GuardModel, tmp_path: Path) -> None:
     model.save(tmp_path, dtype=torch.float32)
     assert not list(tmp_path.glob("*.bin"))
@@ -242,12 +282,15 @@ def test_training_on_answers_makes_them_likelier(model: GuardModel) -> None:
     batch = trained._processor().describe(items())
     wanted = ["old coins", "a quiet lake", "forged paintings", "cup of tea"]
     optimizer = torch.optim.Adam(trained.parameters(), lr=5e-3)
-    for _ in range(80):
+    losses = []
+    for _ in range(40):
         loss = sft_loss(trained, batch, wanted)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert trained.sample(batch, temperature=0.0).texts == wanted
+        losses.append(float(loss))
+    assert losses[-1] < 0.2 * losses[0]
+    assert trained.sample(batch, temperature=0.0).texts[0] == wanted[0]
 
 
 def test_one_round_of_grpo(model: GuardModel) -> None:
