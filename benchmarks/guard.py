@@ -25,7 +25,7 @@ from hysafe.data.contrast import contrast_set
 from hysafe.data.sources import data_root, iter_samples
 from hysafe.evaluate.guard import best_threshold, f1_score, name_scores, novelty_of_cones
 from hysafe.evaluate.novelty_data import read_held_out
-from hysafe.guard.ask import answers_of, names_of, novelty_of
+from hysafe.guard.ask import answers_of, chosen_names, names_of, novelty_of
 from hysafe.guard.corpus import Labelled, PhraseIndex, item_of
 from hysafe.guard.model import PHRASES, GuardModel
 from hysafe.guard.protocol import Answer, PromptPolicy, Renaming, twins
@@ -186,6 +186,9 @@ class Bench:
             guard, items[:n], policies[:n], space, draws=self.args.draws, choose=self.choose
         )
         found["names, best of draws"] = self.named(chosen)
+        found["names, with the geometry"] = self.named(
+            chosen_names(guard, items[:n], policies[:n], space)
+        )
         kept = [c if novel[i] else "" for i, c in enumerate(names)]
         found["names, missed = 0"] = self.named(kept)
         # what it keeps
@@ -335,7 +338,12 @@ def table(rows: dict[str, dict[str, Any]], bench: Bench) -> str:
         "|---|---|---|---|---|",
     ]
     for name, row in rows.items():
-        for key in ("names", "names, best of draws", "names, missed = 0"):
+        for key in (
+            "names",
+            "names, best of draws",
+            "names, with the geometry",
+            "names, missed = 0",
+        ):
             if key in row:
                 s = row[key]
                 label = name if key == "names" else f"{name}: {key.removeprefix('names, ')}"

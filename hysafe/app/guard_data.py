@@ -22,6 +22,7 @@ from hysafe.data.images import decode, to_pixels
 from hysafe.data.sources import data_root, iter_samples
 from hysafe.evaluate.novelty_data import read_held_out
 from hysafe.guard.corpus import (
+    HIDE_RATE,
     Labelled,
     PhraseIndex,
     Writer,
@@ -170,6 +171,7 @@ class GuardData(L.LightningDataModule):
         seed: of what is drawn.
         hidden: keep the hidden categories out; without it the guard learns all 45.
         text_sets: names of sets beside the contrast set.
+        hide: share of risky items whose category is taken out of the policy.
         keep_images: keep the encoded pictures, for a published decoder that sees pixels.
     """
 
@@ -186,12 +188,13 @@ class GuardData(L.LightningDataModule):
         hidden: bool = True,
         text_sets: list[str] | None = None,
         keep_images: bool = False,
+        hide: float = HIDE_RATE,
     ) -> None:
         super().__init__()
         self.encoder, self.data_dir, self.seed = encoder, data_dir, seed
         self.judged, self.described, self.pictures, self.limit = judged, described, pictures, limit
         self.cache = Path(cache) if cache else None
-        self.hidden, self.keep_images = hidden, keep_images
+        self.hidden, self.keep_images, self.hide = hidden, keep_images, hide
         self._images: list[bytes] = []
         self.text_sets = list(SETS) if text_sets is None else text_sets
         self._world: GuardWorld | None = None
@@ -238,7 +241,7 @@ class GuardData(L.LightningDataModule):
         self._world = GuardWorld(
             model, space, index, made["train"], made["validation"], words,
             encode_texts(model, words, self.cache),
-            Writer(seen_policy(view, gone), model.taxonomy),
+            Writer(seen_policy(view, gone), model.taxonomy, hide=self.hide),
         )  # fmt: skip
         log.info(
             "guard: %d items to learn from, %d to check with, %d phrases, %d in the list",

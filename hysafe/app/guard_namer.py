@@ -15,7 +15,7 @@ from hysafe.app.guard_data import evidence_of
 from hysafe.app.pipeline import SafetyModel
 from hysafe.app.report import NOVEL_AT
 from hysafe.errors import ConfigError
-from hysafe.guard.ask import answers_of, names_of
+from hysafe.guard.ask import answers_of, chosen_names, names_of
 from hysafe.guard.corpus import PhraseIndex
 from hysafe.guard.model import Evidence, GuardModel, PolicySpace
 from hysafe.guard.naming import Naming, restated
@@ -27,14 +27,12 @@ __all__ = ["GUARDS", "GuardNamer", "load_guard", "name_novel", "write_names"]
 
 # Bundled guards and their folders in the package's assets.
 GUARDS = {"mini-guard": "mini_guard"}
-# Names drawn beside the likeliest one; that whose point is nearest to the item's counts.
-DRAWS = 8
 CHUNK = 1024
 CHANNELS = ("image", "text", "ocr")
 
 
 class GuardNamer:
-    """Names by a trained guard: it draws some, and the geometry chooses among them.
+    """Names by a trained guard: the phrase that it and the geometry like best together.
 
     Args:
         guard: in evaluation mode.
@@ -92,10 +90,11 @@ class GuardNamer:
         for i, answer in enumerate(said):
             if isinstance(answer, Answer) and not always:
                 found[i] = Naming("", _place(answer, view))
-        names = names_of(
-            self.guard, [items[i] for i in wanted], [policies[i] for i in wanted], space,
-            draws=DRAWS, choose=self._nearest,
-        )  # fmt: skip
+        asked = [items[i] for i in wanted], [policies[i] for i in wanted]
+        names = chosen_names(self.guard, *asked, space)
+        if not all(names):  # nothing to point at: words of its own
+            own = names_of(self.guard, *asked, space)
+            names = [a or b for a, b in zip(names, own, strict=True)]
         free = ~restated(names, view) if names else np.empty(0, bool)
         for i, name, ok in zip(wanted, names, free, strict=True):
             answer = said[i]
@@ -105,17 +104,6 @@ class GuardNamer:
             else:  # it says again what the policy lists
                 found[i] = None if always else Naming("", "the guard finds no new name for it")
         return found
-
-    def _nearest(self, item: Evidence, names: Sequence[str]) -> int:
-        """The name whose point is nearest to the item's, seen as the phrases are."""
-        channel = next(c for c in ("text", "ocr", "image") if c in item.channels)
-        whitening = self.index.whitening.get(channel)
-        if whitening is None:
-            return 0
-        points = self.model.encode_text(list(names)).tangent().numpy()
-        names_at = whitening.directions(points, mean=self.index.vectors.mean(0))
-        item_at = whitening.directions(item.vectors[item.channels.index(channel)][None])
-        return int((item_at @ names_at.T)[0].argmax())
 
 
 def _place(answer: Answer, view: PolicyView) -> str:

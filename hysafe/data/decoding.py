@@ -256,7 +256,7 @@ class _Crew:
         self._warned = False
         self._cells: set[_Cell] = set()
         self._idle: list[_Cell] = []
-        self._idle.append(self._cell(starts=1))
+        self._idle.append(self._cell(starts=1, new=True))
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
         for thread in self._threads:
             thread.start()
@@ -293,7 +293,7 @@ class _Crew:
         outcomes: list[Outcome] = []
         at_once, suspect = len(pictures), -1
         while (done := len(outcomes)) < len(pictures):
-            cell = self._cell(STARTS)
+            cell = self._cell(STARTS, new=suspect == done)
             found, problem = cell.decode(pictures[done : done + at_once], self._seconds)
             outcomes += found
             if problem is None:
@@ -310,12 +310,12 @@ class _Crew:
                 outcomes.append(problem)
         return outcomes
 
-    def _cell(self, starts: int) -> _Cell:
-        """An idle cell, or a new one with so many tries to start it."""
+    def _cell(self, starts: int, *, new: bool) -> _Cell:
+        """A cell, `new` or idle, which may have been killed; with so many tries to start one."""
         cell = None
         try:
             with self._lock:
-                if self._idle:
+                if self._idle and not new:
                     return self._idle.pop()
                 if self._ended:
                     raise CancelledError
@@ -333,7 +333,7 @@ class _Crew:
                 ) from error
         if not self._ended:
             time.sleep(START_PAUSE_SECONDS)
-        return self._cell(starts - 1)
+        return self._cell(starts - 1, new=new)
 
     def _drop(self, cell: _Cell) -> None:
         with self._lock:

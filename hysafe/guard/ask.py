@@ -11,10 +11,12 @@ from hysafe.guard.model import NOVEL, UNSAFE, Evidence, GuardModel, PolicySpace
 from hysafe.guard.policy import Completions
 from hysafe.guard.protocol import Answer, ParseError, PromptPolicy, parse_answer
 
-__all__ = ["answers_of", "names_of", "novelty_of"]
+__all__ = ["answers_of", "chosen_names", "names_of", "novelty_of"]
 
 # Prompts at once.
 ROWS = 64
+# Weight of a phrase's cosine beside the guard's log-probability of it; see docs/results.md.
+NEARNESS = 10.0
 
 
 def answers_of(
@@ -75,6 +77,37 @@ def names_of(
 def _name(text: str, policy: PromptPolicy) -> str:
     answer = parse_answer(text, policy)
     return (answer.novel or "") if isinstance(answer, Answer) else ""
+
+
+def chosen_names(
+    guard: GuardModel,
+    items: Sequence[Evidence],
+    policies: Sequence[PromptPolicy],
+    space: PolicySpace,
+    *,
+    nearness: float = NEARNESS,
+) -> list[str]:
+    """The phrase of each prompt that the guard and the geometry like best together; "" where there
+    is none to point at.
+
+    Args:
+        nearness: weight of the phrase's cosine beside the guard's log-probability.
+    """
+    found: list[str] = []
+    for start in range(0, len(items), ROWS):
+        part = slice(start, start + ROWS)
+        prompts = guard.prompts(items[part], policies[part], space)
+        likely = guard.pointer_log_probs(prompts)
+        for item, phrases, row in zip(items[part], prompts["phrases"], likely, strict=True):
+            if not phrases or item.phrase_scores is None:
+                found.append("")
+                continue
+            near = dict(zip(item.phrases, item.phrase_scores, strict=True))
+            both = [
+                float(p) + nearness * float(near[n]) for n, p in zip(phrases, row, strict=False)
+            ]
+            found.append(phrases[int(np.argmax(both))])
+    return found
 
 
 def novelty_of(

@@ -210,6 +210,7 @@ class Writer:
         taxonomy: the tree of its nodes.
         best: which of an item's nearest phrases names a bank best, None where none does; without it
             names come from the banks alone.
+        hide: share of risky items whose category is taken out of the policy.
     """
 
     def __init__(
@@ -217,7 +218,10 @@ class Writer:
         policy: PromptPolicy,
         taxonomy: Taxonomy,
         best: Callable[[Sequence[str], Sequence[str]], int | None] | None = None,
+        *,
+        hide: float = HIDE_RATE,
     ) -> None:
+        self.hide = hide
         self.policy, self.taxonomy, self.best = policy, taxonomy, best
 
     def draw(self, item: Labelled, seed: int) -> Episode:
@@ -234,7 +238,7 @@ class Writer:
             return twins(self.policy, self.taxonomy, item.node, seed=seed, pair="-", size=size)[1]
         return episode(
             self.policy, self.taxonomy, item.node, seed=seed, size=size,
-            hide=lot < ALLOW_RATE + HIDE_RATE,
+            hide=lot < ALLOW_RATE + self.hide,
         )  # fmt: skip
 
     def answer(self, item: Labelled, drawn: Episode, seed: int) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+import hysafe.assets
 from hysafe.app.guard_data import GuardData
 from hysafe.app.guard_namer import GuardNamer, load_guard, name_novel, write_names
 from hysafe.app.guard_task import guard_main
@@ -190,3 +191,17 @@ def test_a_guard_of_another_encoder_is_refused(warm: Path) -> None:
         GuardNamer(guard, PhraseIndex.load(warm), model)
     with pytest.raises(ConfigError, match="no guard 'nothing'"):
         load_guard("nothing", model)
+
+
+def test_the_bundled_guard(tmp_path: Path) -> None:
+    model = load("mini")
+    folder = Path(hysafe.assets.__file__).parent / "mini_guard"
+    assert sum(p.stat().st_size for p in folder.iterdir()) < 40e6
+    namer = load_guard("mini-guard", model)
+    assert sum(p.numel() for p in namer.guard.parameters()) < 15e6
+    assert sum(p.numel() for p in namer.guard.parameters()) > 1e6
+    texts = ["two forged concert tickets, half price, no questions", "a dog on a lawn"]
+    vectors = model.encode_text(texts).tangent().numpy()
+    named = namer.name(vectors, ["text", "text"], texts, model.view())
+    assert all(n is not None and 1 < len(n.name.split()) <= 6 for n in named)
+    assert named == namer.name(vectors, ["text", "text"], texts, model.view())

@@ -218,6 +218,17 @@ def test_killed_workers_cost_nothing() -> None:
     assert all(pixels is not None and item.error is None for item, pixels in decoded)
 
 
+def test_idle_workers_that_were_killed_cost_nothing() -> None:
+    items = [image_item(n, jpeg(n)) for n in range(20)]
+    with DecodePool(8, workers=2, chunk=2) as pool:
+        while len(multiprocessing.active_children()) < 2:
+            list(pool.decode(items))
+        for worker in multiprocessing.active_children():
+            worker.kill()
+            worker.join()
+        assert errors(list(pool.decode(items))) == {}
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_a_worker_killed_in_the_middle_of_a_message_costs_nothing() -> None:
     picture = jpeg(0, side=2_000)
