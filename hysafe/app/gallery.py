@@ -34,7 +34,7 @@ ol{display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:14
 list-style:none}
 li{border:1px solid var(--line);border-radius:10px;padding:12px;overflow-wrap:anywhere}
 .top{display:flex;justify-content:space-between;gap:8px;font-variant-numeric:tabular-nums}
-.rating{font-weight:650}.unsafe{color:#c62828}.review{color:#a86500}.safe{color:#2e7d32}
+.rating{font-weight:650;white-space:nowrap}.unsafe{color:#c62828}.review{color:#a86500}.safe{color:#2e7d32}
 @media(prefers-color-scheme:dark){.unsafe{color:#ff8a80}.review{color:#ffca5f}.safe{color:#81c995}}
 .picture{display:block;overflow:hidden;border-radius:6px;margin:8px 0;background:var(--soft);
 cursor:pointer;text-align:center}
