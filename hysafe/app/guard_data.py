@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from hysafe.guard.model import Evidence, PolicySpace
 from hysafe.guard.naming import Whitening, bundled_phrases
 from hysafe.guard.protocol import Episode
 from hysafe.guard.split import hidden_nodes
+from hysafe.taxonomy import Taxonomy
 from hysafe.types import Sample
 
 __all__ = ["Draw", "GuardData", "GuardWorld", "encode_texts", "evidence_of"]
@@ -57,7 +59,7 @@ MOST = 500
 # Of the contrast set at most this many; they are drawn at random.
 MOST_CONTRAST = 14_000
 # Phrases kept for the perplexity.
-HELD_OUT_PHRASES = 50
+HELD_OUT_PHRASES = 1000
 # Noise on a phrase's point, as shares of its length: items do not stand where phrases stand.
 NOISE = 0.6
 # Pictures of a class that are read.
@@ -69,18 +71,29 @@ def encode_texts(model: SafetyModel, texts: Sequence[str], cache: Path | None) -
     digest = hashlib.sha256(model.encoder.hash().encode())
     for text in texts:
         digest.update(text.encode() + b"\n")
-    path = cache / f"guard-{digest.hexdigest()[:24]}.safetensors" if cache else None
-    if path is not None and path.is_file():
-        return np.asarray(load_file(path)["vectors"].numpy())
+    return _kept(cache, digest.hexdigest(), lambda: _encoded(model, texts))
+
+
+def _encoded(model: SafetyModel, texts: Sequence[str]) -> np.ndarray:
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     vectors = np.empty((len(texts), model.encoder.dim), np.float32)
     for start in range(0, len(order), 256):
         rows = order[start : start + 256]
         vectors[rows] = model.encode_text([texts[i] for i in rows]).tangent().numpy()
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"vectors": torch.from_numpy(vectors)}, path)
     return vectors
+
+
+def _kept(cache: Path | None, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """Vectors from the cache, or made and put there."""
+    if cache is None:
+        return make()
+    path = cache / f"guard-{key[:24]}.safetensors"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".part")
+        save_file({"vectors": torch.from_numpy(make())}, unfinished)
+        unfinished.replace(path)
+    return np.asarray(load_file(path)["vectors"].numpy())
 
 
 def evidence_of(
@@ -215,7 +228,7 @@ class GuardData(L.LightningDataModule):
         table, apexes = model.place(view)
         space = PolicySpace(table.ids, apexes.tangent().float())
         gone = hidden_nodes(model.taxonomy) if self.hidden else frozenset()
-        samples = {s: self._samples(s, gone) for s in ("train", "validation")}
+        samples = {s: self._samples(s, gone, model.taxonomy) for s in ("train", "validation")}
         texts = {k: [str(s.text) for s, *_ in v] for k, v in samples.items()}
         vectors = {k: encode_texts(model, v, self.cache) for k, v in texts.items()}
         pixels, names = self._pictures(model)
@@ -250,8 +263,9 @@ class GuardData(L.LightningDataModule):
 
     # ------------------------------------------------------------ reading
 
-    def _samples(self, split: str, gone: frozenset[str]) -> list[tuple[Sample, Any]]:
-        taxonomy = load(self.encoder).taxonomy
+    def _samples(
+        self, split: str, gone: frozenset[str], taxonomy: Taxonomy
+    ) -> list[tuple[Sample, Any]]:
         read = list(contrast_set(split))
         random.Random(self.seed).shuffle(read)
         read = read[: min(self.limit or MOST_CONTRAST, MOST_CONTRAST)]
@@ -305,13 +319,9 @@ class GuardData(L.LightningDataModule):
         if root is None or not self.pictures:
             return none
         held = set(read_held_out())
-        path = self.cache and self.cache / (
-            f"guard-pictures-{model.encoder.hash()[:16]}-{self.pictures}.safetensors"
-        )
         counts: dict[str, int] = {}
         names: list[str] = []
-        squares: list[np.ndarray] = []
-        known = path is not None and path.is_file()
+        pictures: list[bytes] = []
         for part in sorted((root / "images" / "tiny_imagenet").glob("train-*.parquet")):
             for s in iter_samples(str(part), "tiny_imagenet"):
                 name = s.extra["name"]
@@ -323,26 +333,15 @@ class GuardData(L.LightningDataModule):
                     continue
                 counts[name] = counts.get(name, 0) + 1
                 names.append(f"{name}|{'|'.join(s.extra['hypernyms'][-2:])}")
-                if self.keep_images:
-                    self._images.append(s.image or b"")
-                if not known:
-                    size = model.encoder.image_size
-                    squares.append(to_pixels(decode(s.image or b"", size=size), size))
-        if known and path is not None:
-            return np.asarray(load_file(path)["vectors"].numpy()), names
-        if not squares:
+                pictures.append(s.image or b"")
+        if not pictures:
             return none
-        stack = np.stack(squares)
-        vectors = np.concatenate(
-            [
-                model._encode_pixels(torch.from_numpy(stack[i : i + 256])).tangent().numpy()
-                for i in range(0, len(stack), 256)
-            ]
-        )
-        if path is not None and not self.limit:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"vectors": torch.from_numpy(vectors)}, path)
-        return vectors, names
+        if self.keep_images:
+            self._images = pictures
+        digest = hashlib.sha256(model.encoder.hash().encode())
+        for picture in pictures:
+            digest.update(hashlib.sha256(picture).digest())
+        return _kept(self.cache, digest.hexdigest(), lambda: _seen(model, pictures)), names
 
     def _shown(self, model: SafetyModel, gone: frozenset[str]) -> set[str]:
         """Words of the hidden categories, which no list of the guard's holds."""
@@ -360,10 +359,9 @@ class GuardData(L.LightningDataModule):
         return words[: self.limit * 10 if self.limit else None]
 
     def _root(self) -> Path | None:
-        try:
-            return Path(data_root(self.data_dir))
-        except Exception:
-            return None
+        if self.data_dir is None and not os.environ.get("HYSAFE_DATA"):
+            return None  # the contrast set and the bundled phrases are all there is
+        return Path(data_root(self.data_dir))
 
     # ------------------------------------------------------------ batches
 
@@ -372,6 +370,17 @@ class GuardData(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(_Draws(self, train=False), batch_size=None)
+
+
+def _seen(model: SafetyModel, pictures: Sequence[bytes]) -> np.ndarray:
+    """Tangent vectors [n, D] of encoded pictures."""
+    size = model.encoder.image_size
+    parts = []
+    for start in range(0, len(pictures), 256):
+        squares = [to_pixels(decode(p, size=size), size) for p in pictures[start : start + 256]]
+        points = model._encode_pixels(torch.from_numpy(np.stack(squares)))
+        parts.append(points.tangent().numpy())
+    return np.concatenate(parts)
 
 
 class _Draws(IterableDataset):
@@ -396,7 +405,7 @@ class _Draws(IterableDataset):
 
     def _described(self, rng: random.Random) -> list[tuple[Evidence, str]]:
         data, world = self.data, self.data.world
-        held = min(HELD_OUT_PHRASES * 20, len(world.words) // 10)
+        held = min(HELD_OUT_PHRASES, len(world.words) // 10)
         count = len(world.words)
         made = []
         pictures = [i for i in world.train if i.picture] if self.train else []

@@ -54,7 +54,6 @@ class _Hub:
     """
 
     base: str
-    settings: dict[str, Any]
 
     def configure_model(self: Any) -> None:
         """Load the base and put the adapter on."""
@@ -65,6 +64,11 @@ class _Hub:
             revision=self.revision, dtype=self.weights, gradient_checkpointing=self.checkpointing,
             max_new_tokens=self.max_new_tokens, settings=self.prompt_settings,
         )  # fmt: skip
+
+    def on_fit_start(self: Any) -> None:
+        super().on_fit_start()  # type: ignore[misc]
+        # transformers recompute activations in training mode only; these bases have no dropout
+        self.model().train(self.checkpointing)
 
     def prompts(self: Any, draw: Draw) -> dict[str, Any]:
         """The prompts of what a batch wants judged, in words and pictures."""
@@ -80,8 +84,14 @@ class _Hub:
         return loss, loss.detach() * 0
 
     def start(self: Any) -> Any:
-        """The base with the adapter switched off: no second copy."""
-        return self.model().reference
+        """The policy that training began from: the base, with the adapter it went on from if any."""
+        if self.init_from is None:
+            return self.model().reference  # the adapter switched off: no second copy
+        frozen = HubDecoder.from_pretrained(
+            self.base, adapter=self.init_from, revision=self.revision, dtype=self.weights,
+            max_new_tokens=self.max_new_tokens, settings=self.prompt_settings,
+        )  # fmt: skip
+        return frozen.requires_grad_(False)
 
     def export(self: Any, folder: Path) -> None:
         """Write the adapter and the prompt settings, not the base."""
@@ -164,3 +174,8 @@ class HubRL(_Hub, GuardRL):
             checkpointing,
         )
         self.max_new_tokens, self.lora, self.prompt_settings = max_new_tokens, lora, prompt_settings
+
+    def configure_model(self) -> None:
+        """The base, and a value head where the algorithm wants one."""
+        super().configure_model()
+        self._add_values()

@@ -61,11 +61,16 @@ class GuardNamer:
         view: PolicyView,
     ) -> list[Naming | None]:
         """A name for each item, see :class:`hysafe.guard.naming.Namer`."""
-        items = [
-            evidence_of(self.model, {m: np.asarray(v, np.float32)[None]}, [t], self.index, view)[0]
-            for v, m, t in zip(vectors, modalities, texts, strict=True)
-        ]
-        return self.names(items, view, always=True)
+        found: list[Naming | None] = [None] * len(modalities)
+        for channel in dict.fromkeys(modalities):
+            rows = [i for i, m in enumerate(modalities) if m == channel]
+            stack = np.asarray(vectors, np.float32)[rows]
+            items = evidence_of(
+                self.model, {channel: stack}, [texts[i] for i in rows], self.index, view
+            )
+            for i, naming in zip(rows, self.names(items, view, always=True), strict=True):
+                found[i] = naming
+        return found
 
     def names(
         self, items: Sequence[Evidence], view: PolicyView, *, always: bool = False
@@ -80,7 +85,8 @@ class GuardNamer:
             return []
         table, apexes = self.model.place(view)
         space = PolicySpace(table.ids, apexes.tangent().float())
-        policies = [PromptPolicy.from_view(view)] * len(items)
+        # slots are what the guard reads, never ids: a policy's own may be too long for a prompt
+        policies = [PromptPolicy.from_view(view, numbered=True)] * len(items)
         said = answers_of(self.guard, items, policies, space)
         wanted = [
             i for i, a in enumerate(said)
@@ -148,14 +154,17 @@ def name_novel(
     found: dict[str, Naming] = {}
     for start in range(0, len(places), CHUNK):
         rows = collection.take(places[start : start + CHUNK].tolist())
+        spoken = model.score_encoded(rows, view)
         groups: dict[tuple[str, ...], list[int]] = {}
         for k, row in enumerate(rows):
             groups.setdefault(tuple(c for c in CHANNELS if c in row.points), []).append(k)
         for channels, members in groups.items():
             if not channels:
                 continue
-            # of a long text its first window is looked at
-            vectors = {c: np.stack([rows[k].points[c][0] for k in members]) for c in channels}
+            # of a long text the riskiest window, as in the scan
+            vectors = {
+                c: np.stack([spoken[c].vectors[spoken[c].at[k]] for k in members]) for c in channels
+            }
             texts = [rows[k].text or rows[k].read_text for k in members]
             items = evidence_of(model, vectors, texts, namer.index, view)
             for k, naming in zip(members, namer.names(items, view), strict=True):
@@ -172,18 +181,22 @@ def write_names(path: Path, names: Mapping[str, Naming]) -> int:
     """
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     count = 0
-    with path.open(encoding="utf-8") as lines, temporary.open("w", encoding="utf-8") as out:
-        for line in lines:
-            data = json.loads(line)
-            naming = names.get(data["id"])
-            before = len(data["novelty"])
-            for key in ("name", "rationale"):
-                data["novelty"].pop(key, None)
-            had = len(data["novelty"]) < before
-            if naming is not None:
-                data["novelty"] |= {"name": naming.name or None, "rationale": naming.rationale}
-                count += bool(naming.name)
-            changed = had or naming is not None
-            out.write(json.dumps(data, ensure_ascii=False) + "\n" if changed else line)
-    temporary.replace(path)
+    try:
+        with path.open(encoding="utf-8") as lines, temporary.open("w", encoding="utf-8") as out:
+            for line in lines:
+                data = json.loads(line)
+                naming = names.get(data["id"])
+                before = len(data["novelty"])
+                for key in ("name", "rationale"):
+                    data["novelty"].pop(key, None)
+                had = len(data["novelty"]) < before
+                if naming is not None:
+                    data["novelty"] |= {"name": naming.name or None, "rationale": naming.rationale}
+                    count += bool(naming.name)
+                changed = had or naming is not None
+                out.write(json.dumps(data, ensure_ascii=False) + "\n" if changed else line)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     return count

@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +51,7 @@ __all__ = ["GuardRL", "GuardSFT", "GuardTask", "guard_main", "name_similarity"]
 log = logging.getLogger(__name__)
 
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
-    "grpo": GRPO, "rloo": RLOO, "ppo": PPO, "dpo": DPO, "response_ppo": lambda **_: RESPONSE_PPO,
+    "grpo": GRPO, "rloo": RLOO, "ppo": PPO, "dpo": DPO, "response_ppo": lambda beta: replace(RESPONSE_PPO, beta=beta),
 }  # fmt: skip
 # Weight of a rationale's tokens in SFT: many, and easy.
 RATIONALE_WEIGHT = 0.2
@@ -101,6 +102,10 @@ class GuardTask(L.LightningModule):
         """Make the decoder, once the data are known."""
         if self.decoder is not None:
             return
+        if self.device.type != "cpu":
+            raise ConfigError(
+                "the small decoder trains on the CPU. Pass --trainer.accelerator cpu."
+            )
         world = self.world
         encoder_hash = world.model.encoder.hash()
         if self.init_from is not None:
@@ -287,6 +292,9 @@ class GuardRL(GuardTask):
 
     def configure_model(self) -> None:
         super().configure_model()
+        self._add_values()
+
+    def _add_values(self) -> None:
         if self.algorithm.needs_values and self.value_head is None:
             self.value_head = ValueHead(self.model().width)
 
@@ -325,6 +333,7 @@ class GuardRL(GuardTask):
             )
         )  # fmt: skip
         sums: dict[str, list[float]] = {}
+        schedule: Any = self.lr_schedulers()
         for _ in range(self.epochs):
             for part in minibatches(rollout, self.minibatch, self._generator):
                 loss, logged = self.algorithm.loss(model, part, self.value_head)
@@ -334,11 +343,10 @@ class GuardRL(GuardTask):
                 self.manual_backward(loss)
                 norm = nn.utils.clip_grad_norm_(list(self.parameters()), 1.0)
                 optimizer.step()
+                schedule.step()
                 for name, value in {**logged, "loss": float(loss), "norm": float(norm)}.items():
                     sums.setdefault(name, []).append(value)
         model.rationale = True
-        schedule: Any = self.lr_schedulers()
-        schedule.step()
         means = {k: sum(v) / len(v) for k, v in sums.items()}
         self.log_dict({f"rl/{k}": v for k, v in means.items()}, batch_size=1)
 
@@ -420,7 +428,7 @@ def _rows(prompts: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
 
 
 class ExportGuard(Callback):
-    """Writes the guard, ``model/`` in the run directory, when fit ends and every few minutes."""
+    """Writes the guard, ``model/`` in the run directory, when fit ends."""
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if isinstance(pl_module, GuardTask) and not trainer.interrupted:
@@ -448,7 +456,12 @@ class GuardCLI(LightningCLI):
                 log.info("%s is there: %s is not run again", needed, config)
                 continue
             log.info("first %s, which makes %s", config, needed)
-            guard_main(["fit", "--config", config])
+            given = [
+                f"--data.{k}={v}"
+                for k in ("encoder", "data_dir", "hidden")
+                if (v := getattr(settings.data, k, None)) is not None
+            ]
+            guard_main(["fit", "--config", config, *given])
         self._set_seed()
 
 

@@ -171,6 +171,11 @@ def scan(
         summary.skipped = reader.skipped
         if namer is not None:
             summary.named = _name(out, model, view, namer)
+        elif summary.known:  # an earlier scan's guard may have given names
+            from hysafe.app.guard_namer import write_names
+
+            with writing(out):
+                write_names(out / RESULTS, {})
         if report:
             with writing(out):
                 report_scan(out, model, view, shown, title)

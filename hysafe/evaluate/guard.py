@@ -94,4 +94,6 @@ def best_threshold(scores: np.ndarray, true: np.ndarray) -> float:
     order = np.argsort(-scores, kind="stable")
     hits = np.cumsum(true[order])
     f1 = 2 * hits / (np.arange(1, len(order) + 1) + true.sum())
-    return float(scores[order][int(f1.argmax())])
+    ranked = scores[order]
+    last = np.append(ranked[1:] != ranked[:-1], True)  # equal scores fall on one side
+    return float(ranked[int(np.where(last, f1, -1.0).argmax())])

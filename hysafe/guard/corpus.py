@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -235,7 +235,11 @@ class Writer:
             )
         lot = rng.random()
         if lot < ALLOW_RATE:
-            return twins(self.policy, self.taxonomy, item.node, seed=seed, pair="-", size=size)[1]
+            # one side alone: with a pair, the rewards would wait for its twin
+            _, allowed = twins(
+                self.policy, self.taxonomy, item.node, seed=seed, pair="-", size=size
+            )
+            return replace(allowed, pair=None)
         return episode(
             self.policy, self.taxonomy, item.node, seed=seed, size=size,
             hide=lot < ALLOW_RATE + self.hide,

@@ -179,13 +179,16 @@ class PromptPolicy:
         return cls(entries, Renaming({n: renaming.prompt_id(n) for n in nodes}))
 
     @classmethod
-    def from_view(cls, view: PolicyView, nodes: Iterable[str] | None = None) -> PromptPolicy:
+    def from_view(
+        cls, view: PolicyView, nodes: Iterable[str] | None = None, *, numbered: bool = False
+    ) -> PromptPolicy:
         """A policy view as a prompt lists it.
 
         Args:
             view: a policy applied to a taxonomy.
             nodes: what to list; by default all categories, and concepts whose status is not that
                 of their category.
+            numbered: under the ids 1, 2, ... instead of their own.
         """
         tree = view.taxonomy
         if nodes is None:
@@ -195,7 +198,9 @@ class PromptPolicy:
                 if n.kind == "category"
                 or (n.kind == "concept" and view.active(n.id) != view.active(str(n.parent)))
             ]
-        return cls.of(_entry(tree, n, allowed=not view.active(n)) for n in nodes)
+        nodes = list(nodes)
+        ids = Renaming({n: str(i) for i, n in enumerate(nodes, 1)}) if numbered else None
+        return cls.of((_entry(tree, n, allowed=not view.active(n)) for n in nodes), ids)
 
     def __contains__(self, node: object) -> bool:
         return any(e.node == node for e in self.entries)

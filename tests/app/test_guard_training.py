@@ -1,4 +1,4 @@
-"""The guard's training command: two steps of every stage, its rewards, its export, its resume."""
+"""The guard's training command: two steps of every stage, its rewards, its export."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,9 +21,11 @@ from hysafe.errors import ConfigError
 from hysafe.guard.corpus import PhraseIndex, Writer
 from hysafe.guard.model import GuardModel
 from hysafe.guard.naming import Naming
-from hysafe.guard.protocol import Answer, parse_answer
+from hysafe.guard.protocol import Answer, parse_answer, write_answer
+from hysafe.guard.rewards import Thresholds, cosine_similarity, guard_rewards
 from hysafe.guard.split import HIDDEN, hidden_nodes
 from hysafe.index import Collection
+from hysafe.taxonomy import Policy
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "guard"
 SMALL = {
@@ -71,7 +74,8 @@ def test_the_warm_up_writes_a_guard(warm: Path) -> None:
 
 @pytest.mark.parametrize("name", ["grpo", "grpo_proguard", "rloo", "ppo", "dpo", "response_ppo"])
 def test_two_steps_of_each_algorithm(name: str, warm: Path, tmp_path: Path) -> None:
-    changes = {"init_from": str(warm), "group": 2, "minibatch": 2, "samples_every": 1}
+    # without the warm-up's loss, so that it is the rewards that move the weights
+    changes = {"init_from": str(warm), "group": 4, "minibatch": 2, "samples_every": 1, "warm": 0.0}
     guard_main(["fit", "--config", settings(name, tmp_path, changes, tmp_path / "c.yaml")])
     before, after = GuardModel.load(warm), GuardModel.load(tmp_path / "model")
     moved = [
@@ -114,6 +118,22 @@ def test_right_answers_are_answers(data: GuardData) -> None:
     }  # fmt: skip
 
 
+def test_an_allowed_category_is_paid_without_its_twin(data: GuardData) -> None:
+    world = data.world
+    item = next(i for i in world.train if i.node is not None)
+    drawn = [world.writer.draw(item, seed) for seed in range(200)]
+    assert all(d.pair is None for d in drawn)
+    allowed = next(d for d in drawn if d.category is not None and d.rating == "safe")
+    rewards = guard_rewards(cosine_similarity(lambda texts: torch.eye(len(texts))),
+                            Thresholds(0.2, 0.8), world.model.taxonomy)  # fmt: skip
+    answers = [write_answer(a, allowed.policy) for a in (allowed.answer(""), Answer("unsafe", novel="odd things"))]
+    columns = {k: [v, v] for k, v in allowed.columns().items()}
+    right, wrong = rewards["right_rating"](["", ""], answers, **columns)
+    assert right is not None
+    assert wrong is not None
+    assert right > wrong
+
+
 def test_names_come_from_the_list_where_they_fit(data: GuardData) -> None:
     world = data.world
     item = next(i for i in world.train if i.node is not None)
@@ -138,8 +158,13 @@ def test_the_index_is_the_same_after_loading(data: GuardData, tmp_path: Path) ->
     assert index.nearest(vectors, "radio", 3) == [()] * 5
 
 
-def test_scan_names_novel_items_and_changes_no_rating(warm: Path, tmp_path: Path) -> None:
+def test_scan_names_novel_items_and_changes_no_rating(
+    warm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load("mini")
+    monkeypatch.setattr(
+        "hysafe.app.guard_namer.novel_places", lambda collection, alpha: np.arange(len(collection))
+    )
     texts = tmp_path / "texts.txt"
     texts.write_text("how do I sell forged museum tickets\na dog on a lawn\nzxqv blorp 77\n")
     scan([str(texts)], tmp_path / "plain", model, report=False)
@@ -149,12 +174,15 @@ def test_scan_names_novel_items_and_changes_no_rating(warm: Path, tmp_path: Path
         for d in ("plain", "named")
     )
     for a, b in zip(plain, named, strict=True):
-        assert {"policy", "distribution"} <= set(b["novelty"])
+        assert {"policy", "distribution", "name", "rationale"} <= set(b["novelty"])
         b["novelty"].pop("name", None)
         b["novelty"].pop("rationale", None)
         assert a == b
     again = scan([str(texts)], tmp_path / "named", model, guard=str(warm), report=False)
     assert again.known == 3
+    # a scan without a guard leaves none of its names
+    scan([str(texts)], tmp_path / "named", model)
+    assert [json.loads(line) for line in (tmp_path / "named" / "results.jsonl").open()] == plain
 
 
 def test_names_in_results(warm: Path, tmp_path: Path) -> None:
@@ -171,6 +199,36 @@ def test_names_in_results(warm: Path, tmp_path: Path) -> None:
     namer = load_guard(str(warm), model)
     names = name_novel(Collection.open(tmp_path / "out"), model, model.view(), namer, alpha=1.0)
     assert set(names) == {line["id"] for line in lines}
+
+
+def test_the_riskiest_window_of_a_long_text_is_named(
+    warm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load("mini")
+    calm = "We made soup, walked the dog and looked at the snow on the lawn. " * 20
+    text = calm + "Selling forged concert tickets and fake passports, message me for the price."
+    file = tmp_path / "texts.jsonl"
+    file.write_text(json.dumps({"id": "a", "text": text}) + "\n")
+    scan([str(file)], tmp_path / "out", model, report=False)
+    seen = []
+    namer = load_guard(str(warm), model)
+    monkeypatch.setattr(namer, "names", lambda items, view: seen.extend(items) or [None])
+    collection = Collection.open(tmp_path / "out")
+    name_novel(collection, model, model.view(), namer, alpha=1.0)
+    judged = model.score_encoded(list(collection.take([0])), model.view())["text"]
+    assert seen[0].p_unsafe[0] == pytest.approx(judged.p_unsafe[0], abs=1e-5)
+    assert seen[0].p_unsafe[0] > 0.5
+
+
+def test_a_policy_with_any_ids_can_be_asked(warm: Path) -> None:
+    model = load("mini")
+    policy = Policy.from_dict(
+        {"name": "p", "nodes": {"my node": {"parent": "D6", "name": "Laser pointers",
+                                            "definition": "Sale of strong laser pointers."}}}
+    )  # fmt: skip
+    view = model.view(policy)
+    vectors = model.encode_text(["a dog"]).tangent().numpy()
+    assert len(load_guard(str(warm), model).name(vectors, ["text"], ["a dog"], view)) == 1
 
 
 def test_a_namer_gives_every_item_a_name_or_none(warm: Path) -> None:
