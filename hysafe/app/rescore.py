@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -44,8 +46,11 @@ __all__ = [
 
 # Changes of a kind that are kept with their items, to be shown.
 EXAMPLES = 60
-# Items judged at once: margins and scores for 300 nodes take 20 MB, a batch in each thread.
-BATCH = 4096
+# Items judged at once: their points and scores for 300 nodes take 20 MB, a batch in each thread.
+BATCH = 8192
+# In a line of results.jsonl where a guard was asked; in a text the quotation marks are escaped.
+SAID = b'"rationale": '
+Names = Mapping[int, Mapping[str, Any]]
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 RATING_NAMES = pa.array(RATINGS, pa.string())
@@ -169,7 +174,8 @@ def rescore(
 ) -> RescoreSummary:
     """Judge all items of a collection again and write a new version of its table and results.
 
-    The results are those that a scan under the policy would give.
+    The results are those that a scan under the policy would give. No guard is asked: what one said
+    of a novel item stays where the item's rating and novelty do.
 
     Args:
         model: that of the collection; its towers are needed only for nodes that the policy adds or
@@ -218,6 +224,7 @@ def _rescore(
     room = Shown()
     judge = ColumnJudge(model, view, stored, meta)
     old, decisions = _OldLines(collection.folder / RESULTS), collection.decisions()
+    names = _OldNames(collection.folder / RESULTS, meta.reading)
     partial = target / f"{RESULTS}.part"
     try:
         lines = partial.open("wb")
@@ -227,24 +234,27 @@ def _rescore(
         ) from error
     with lines, old:
 
-        def results(batch: pa.RecordBatch, places: Sequence[int]) -> list[Row]:
+        def results(batch: pa.RecordBatch, places: Sequence[int], said: Names) -> list[Row]:
             items = decode_rows(batch.take(pa.array(places, pa.int64())), stored)
-            return [j.row for j in judge_items(collection, model, view, items)]
+            rows = [j.row for j in judge_items(collection, model, view, items)]
+            return [_named(row, said.get(k)) for k, row in zip(places, rows, strict=True)]
 
-        def work(batch: pa.RecordBatch) -> tuple[pa.RecordBatch, Verdicts, pa.RecordBatch, Any]:
+        def work(given: tuple[int, pa.RecordBatch]) -> _Judged:
+            start, batch = given
             found = judge.judge(batch)
-            return batch, found, judge.rows(batch, found), judge.lines(batch, found)
+            said = names.of(start, batch, found)
+            told = judge.lines(batch, found, said)
+            return _Judged(batch, found, judge.rows(batch, found), said, told)
 
         def judged() -> Iterator[pa.RecordBatch]:
             batches = collection.batches([*ENCODED, "rating", "node"], size=BATCH)
-            for batch, found, rows, told in _ahead(work, batches):
+            for batch, found, rows, said, told in _ahead(work, _numbered(batches)):
                 lines.write(told)
                 wanted = summary.diff.add(
                     batch["rating"], rows["rating"], batch["node"], rows["node"]
                 )
-                for (k, kind), row in zip(
-                    wanted.items(), results(batch, list(wanted)), strict=True
-                ):
+                examples = results(batch, list(wanted), said)
+                for (k, kind), row in zip(wanted.items(), examples, strict=True):
                     before, node = batch["rating"][k].as_py(), batch["node"][k].as_py()
                     line = old.line(summary.scan.items + k)
                     decision = decisions.get(row.item.id)
@@ -253,7 +263,7 @@ def _rescore(
                 if report:
                     safe = found.rating == RATINGS.index("safe")
                     places = [np.flatnonzero(safe == s)[: room.room(safe=s)] for s in (True, False)]
-                    for row in results(batch, np.sort(np.concatenate(places)).tolist()):
+                    for row in results(batch, np.sort(np.concatenate(places)).tolist(), said):
                         room.add(row.result, row.item.text or row.item.read_text, None)
                         shown.append((row.item, row.result))
                 _count(summary.scan, found, rows)
@@ -349,6 +359,76 @@ def _count(summary: ScanSummary, found: Verdicts, rows: pa.RecordBatch) -> None:
     ):  # fmt: skip
         for counted in column.drop_null().value_counts().to_pylist():
             counter[counted["values"]] += counted["counts"]
+
+
+class _Judged(NamedTuple):
+    """A batch, its judgement, and the rows and lines of it."""
+
+    batch: pa.RecordBatch
+    found: Verdicts
+    rows: pa.RecordBatch
+    said: Names
+    told: memoryview
+
+
+def _numbered(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Batches, each with the place of its first row."""
+    start = 0
+    for batch in batches:
+        yield start, batch
+        start += batch.num_rows
+
+
+def _named(row: Row, said: Mapping[str, Any] | None) -> Row:
+    """The row with what a guard said of its item."""
+    if said is None:
+        return row
+    return replace(row, result=replace(row.result, novelty=replace(row.result.novelty, **said)))
+
+
+class _OldNames:
+    """What a guard said of novel items, from the lines of results.jsonl as it stood.
+
+    Args:
+        reading: the model's hash in the new results.
+    """
+
+    def __init__(self, path: Path, reading: str) -> None:
+        self._reading = reading
+        self._lines: dict[int, Mapping[str, Any]] = {}
+        with suppress(OSError), path.open("rb") as lines:
+            for place, line in enumerate(lines):
+                if SAID in line:
+                    with suppress(ValueError):
+                        self._lines[place] = json.loads(line)
+        self._places = sorted(self._lines)
+
+    def of(self, start: int, batch: pa.RecordBatch, found: Verdicts) -> Names:
+        """Row -> name and rationale, where the item, its rating and its novelty are the same."""
+        first, last = (bisect_left(self._places, start + k) for k in (0, batch.num_rows))
+        kept = {}
+        for place in self._places[first:last]:
+            k, line = place - start, self._lines[place]
+            novelty = (found.policy[k], found.distribution[k])
+            now = {
+                "id": batch["id"][k].as_py(),
+                "rating": RATINGS[found.rating[k]],
+                "content": batch["content_hash"][k].as_py(),
+                "model": self._reading,
+                "novelty": [None if math.isnan(p) else float(p) for p in novelty],
+            }
+            with suppress(KeyError, TypeError):
+                before = {
+                    "id": line["id"],
+                    "rating": line["rating"],
+                    "content": line["hashes"]["content"],
+                    "model": line["hashes"]["model"],
+                    "novelty": [line["novelty"]["policy"], line["novelty"]["distribution"]],
+                }
+                if before == now:
+                    said = line["novelty"]
+                    kept[k] = {key: said[key] for key in ("name", "rationale") if key in said}
+        return kept
 
 
 class _OldLines:

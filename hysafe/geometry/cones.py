@@ -27,6 +27,7 @@ from hysafe.geometry.numerics import (
 
 __all__ = [
     "MIN_RADIUS",
+    "ConeBank",
     "energy",
     "exterior_angle",
     "half_aperture",
@@ -183,6 +184,111 @@ def pairwise_margin(
         else:
             _margin_kernel(apex.float(), points.float(), float(c), eta, min_radius, out)
     return out
+
+
+class ConeBank:
+    """Cones made ready for many points: :func:`pairwise_margin` of float64 points, node by node.
+
+    Inference only. What depends on the cones alone is computed once; the rest is one product and a
+    few passes in place, with the pairs where that form cancels redone one by one.
+
+    Args:
+        apex: space components of the apexes [N, D].
+        c: curvature magnitude, > 0.
+        eta: aperture factor.
+        min_radius: K of :func:`half_aperture`.
+    """
+
+    def __init__(
+        self, apex: Tensor, c: Tensor | float, *, eta: float = 1.0, min_radius: float = MIN_RADIUS
+    ) -> None:
+        with torch.no_grad():
+            self._c = curvature_like(c, apex.double())
+            self._aperture = (eta * half_aperture(apex, c, min_radius)).double()[:, None]  # [N, 1]
+            self._apex = apex.detach().double()
+            root, norm = self._c.sqrt(), safe_norm(self._apex)
+            sinh = (root * norm)[:, None]
+            cosh = (1 + sinh.square()).sqrt()
+            self._axis = root * lorentz.unit(self._apex, norm)
+            self._scale, self._slope = 1 / cosh, -sinh / cosh
+            self._at_origin = sinh == 0
+
+    def __len__(self) -> int:
+        return len(self._apex)
+
+    def margins(self, points: Tensor) -> Tensor:
+        """Margins [N, B] of points [B, D], space components in float64.
+
+        Raises:
+            ShapeError: the points do not fit.
+        """
+        lorentz.check_pair(self._apex, points)
+        with torch.no_grad():
+            along = self._axis @ points.T
+            parts = (self._scale, self._slope, self._aperture, self._at_origin)
+            return self._finished(along, points, parts, None)
+
+    def margins_of(self, points: Tensor, groups: Tensor, members: Tensor) -> Tensor:
+        """Margins [K, P] of each point to the cones of its own group.
+
+        Args:
+            points: [P, D], float64.
+            groups: [P], ascending: the group of each point.
+            members: [G, K], the cones of each group.
+
+        Raises:
+            ShapeError: the points do not fit.
+        """
+        lorentz.check_pair(self._apex, points)
+        with torch.no_grad():
+            along = points.new_empty((members.shape[1], len(points)))
+            sizes = torch.bincount(groups, minlength=len(members)).tolist()
+            start = 0
+            for own, size in zip(members, sizes, strict=True):
+                if size:
+                    part = slice(start, start + size)
+                    torch.mm(self._axis[own], points[part].T, out=along[:, part])
+                    start += size
+            nodes = members.T[:, groups]  # [K, P]
+            parts = tuple(
+                part[nodes, 0]
+                for part in (self._scale, self._slope, self._aperture, self._at_origin)
+            )
+            return self._finished(along, points, parts, nodes)
+
+    def margins_at(self, points: Tensor, nodes: Tensor) -> Tensor:
+        """Margins [P] of points [P, D] to one cone each; nodes [P]."""
+        with torch.no_grad():
+            step = max(1, REFINE_ELEMENTS // max(1, points.shape[1]))
+            parts = [
+                self._aperture[i, 0] - _exterior_angle(self._apex[i], y, self._c)
+                for y, i in zip(points.split(step), nodes.split(step), strict=True)
+            ]
+            return torch.cat(parts)
+
+    def _finished(
+        self, along: Tensor, points: Tensor, parts: tuple[Tensor, ...], nodes: Tensor | None
+    ) -> Tensor:
+        """Margins from r u·y [M, B], in place; `nodes` [M, B] are the cones, None for all [N]."""
+        scale, slope, aperture, at_origin = parts
+        square = self._c * safe_norm(points).square()  # sinh², [B]
+        across = torch.addcmul(square, along, along, value=-1)
+        limit = lorentz.PAIR_TOLERANCE[torch.float64] * square
+        bad = None
+        if not bool((across.amin(0) > limit).all()) or bool(at_origin.any()):  # NaN too
+            bad = (~(across > limit) | at_origin).nonzero(as_tuple=True)
+        across.sqrt_().mul_(scale)
+        along.addcmul_((1 + square).sqrt(), slope)
+        torch.atan2(across, along, out=along)
+        if bad is not None:
+            rows, columns = bad
+            cones = rows if nodes is None else nodes[rows, columns]
+            step = max(1, REFINE_ELEMENTS // max(1, points.shape[1]))
+            along[bad] = torch.cat([
+                _exterior_angle(self._apex[i], points[j], self._c)
+                for i, j in zip(cones.split(step), columns.split(step), strict=True)
+            ])  # fmt: skip
+        return torch.sub(aperture, along, out=along)
 
 
 def _exterior_angle(x: Tensor, y: Tensor, c: Tensor) -> Tensor:

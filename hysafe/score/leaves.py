@@ -7,14 +7,19 @@ leaf whose concepts are partly switched off counts on both sides, by the concept
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hysafe.taxonomy import PolicyView
 
-__all__ = ["LeafScores", "NodeTable", "score_margins"]
+__all__ = [
+    *("LeafScores", "NodeTable", "RiskScores", "score_concepts", "score_leaves"),
+    "score_margins",
+]
 
 # Logit of something that is not there: far below any scaled margin, and finite, so that log odds
 # against it stay finite.
@@ -33,6 +38,9 @@ class NodeTable:
         concepts: node indices [K]. concept_leaf: position in `leaves` of each one's category.
         mixed: bool [L], some of the leaf's concepts are active and some are not (or none is, though
             the category is).
+        order: positions of the leaves [L], those at risk first, then the inactive, then the others;
+            sizes: how many there are of each.
+        split: positions in `concepts` of those of mixed leaves [S].
     """
 
     def __init__(self, view: PolicyView) -> None:
@@ -65,6 +73,10 @@ class NodeTable:
         self.risk = active | on
         self.inactive = risky & ~self.risk
         self.mixed = self.risk & off
+        kinds = (self.risk, self.inactive, ~(self.risk | self.inactive))
+        self.order = torch.cat([kind.nonzero().squeeze(1) for kind in kinds])
+        self.sizes = tuple(int(kind.sum()) for kind in kinds)
+        self.split = self.mixed[self.concept_leaf].nonzero().squeeze(1)
         self.thresholds = torch.tensor([view.threshold(n) for n in self.ids])
         self.active = torch.tensor([view.active(n) for n in self.ids])
 
@@ -92,6 +104,22 @@ class LeafScores:
     energy: Tensor
 
 
+@dataclass(frozen=True)
+class RiskScores:
+    """Scores of a batch, without those of the nodes above and below the leaves.
+
+    Attributes:
+        leaves: [R, B], of the leaves at risk (``table.leaves[table.risk]``).
+        p_unsafe, evidence, policy_evidence, energy: [B], as in :class:`LeafScores`.
+    """
+
+    leaves: Tensor
+    p_unsafe: Tensor
+    evidence: Tensor
+    policy_evidence: Tensor
+    energy: Tensor
+
+
 def score_margins(
     margins: Tensor,
     table: NodeTable,
@@ -111,71 +139,134 @@ def score_margins(
     """
     # node by node, so that a choice of nodes is a choice of whole rows
     by_node = margins.T.contiguous()  # [N, B]
-    logits = by_node.index_select(0, table.leaves) * scale  # [L, B]
-    risk, inactive = table.risk, table.inactive
-    safe = ~(risk | inactive)
-    shares = _concept_shares(by_node, table, scale / temperature)  # [K, B]
-    at_risk, let_off = _split(logits, shares, table)  # [L, B] each
-
-    looks_risky = _mass(logits[risk | inactive]) - _mass(logits[safe])
-    evidence = _mass(at_risk[risk]) - _mass(torch.cat((logits[~risk], let_off[table.mixed])))
-    p_unsafe = (
-        torch.sigmoid(slope * evidence + offset) if bool(risk.any()) else torch.zeros_like(evidence)
-    )
-    leaf = torch.zeros_like(logits)
-    if bool(risk.any()):
-        gain = at_risk[risk] - logits[risk]  # log of the active share
-        leaf[risk] = torch.softmax(logits[risk] / temperature + gain, dim=0) * p_unsafe
-    nodes = torch.minimum(table.below.T.to(leaf.dtype) @ leaf, p_unsafe)  # sums round up
+    concepts = by_node.index_select(0, table.concepts) * (scale / temperature)  # [K, B]
+    found = score_leaves(
+        by_node.index_select(0, table.leaves[table.order]) * scale,
+        concepts.index_select(0, table.split),
+        table, slope=slope, offset=offset, temperature=temperature,
+    )  # fmt: skip
+    below = table.below[table.risk].T.to(margins.dtype)
+    nodes = torch.minimum(below @ found.leaves, found.p_unsafe)  # sums round up
     if len(table.concepts):
+        leaf = nodes.index_select(0, table.leaves)  # [L, B]
+        shares = _shares(concepts, table.concept_leaf, len(leaf))
         on = shares * table.concept_active[:, None]
-        total = _per_leaf(on, table).clamp_min(torch.finfo(on.dtype).tiny)
+        total = _sums(on, table.concept_leaf, len(leaf)).clamp_min(torch.finfo(on.dtype).tiny)
         part = leaf / total  # [L, B]; the share of a concept in its category is at most 1
         nodes[table.concepts] = torch.minimum(
             on * part.index_select(0, table.concept_leaf),
             leaf.index_select(0, table.concept_leaf),
         )
-    # both must hold: it looks risky, and no active cone holds it
-    held = torch.cat((at_risk[risk], torch.full_like(logits[:1], NOTHING))).amax(0)
-    policy_evidence = torch.minimum(looks_risky, -held)
     return LeafScores(
-        p_unsafe, nodes.T.contiguous(), evidence, policy_evidence, -logits.logsumexp(0)
+        found.p_unsafe, nodes.T.contiguous(), found.evidence, found.policy_evidence, found.energy
     )
 
 
-def _mass(logits: Tensor) -> Tensor:
-    """logsumexp [B] of [M, B]; NOTHING where there is none."""
-    return torch.cat((logits, logits.new_full((1, logits.shape[1]), NOTHING))).logsumexp(0)
+def score_leaves(
+    logits: Tensor,
+    split: Tensor,
+    table: NodeTable,
+    *,
+    slope: float = 1.0,
+    offset: float = 0.0,
+    temperature: float = 1.0,
+) -> RiskScores:
+    """Scores of the leaves alone, which do not depend on concepts but those of mixed leaves.
+
+    Args:
+        logits: [L, B], margins of the leaves times the scale, in ``table.order``.
+        split: [S, B], margins of the concepts ``table.split`` times scale / temperature.
+        slope, offset, temperature: as in :func:`score_margins`.
+    """
+    risk, inactive, safe = (_weighed(part) for part in logits.split(table.sizes))
+    at_risk, active, let_off = risk, None, logits[:0]
+    if len(split):
+        active, let_off = _gains(logits[: table.sizes[0]], split, table)
+        at_risk = _weighed((logits[: table.sizes[0]] + active).clamp_min(NOTHING))
+    nothing = risk.mass.new_tensor(NOTHING)
+
+    looks_risky = _either(risk.mass, inactive.mass, nothing) - _either(safe.mass, nothing)
+    rest = (inactive.mass, safe.mass, nothing, *((_weighed(let_off).mass,) if len(split) else ()))
+    evidence = _either(at_risk.mass, nothing) - _either(*rest)
+    if not table.sizes[0]:
+        p_unsafe, leaves = torch.zeros_like(evidence), logits[:0]
+    else:
+        p_unsafe = torch.sigmoid(slope * evidence + offset)
+        if active is None and temperature == 1:  # at most p_unsafe: the greatest weight is 1
+            leaves = risk.weights * (p_unsafe / risk.total)
+        else:
+            gained = logits[: table.sizes[0]] / temperature
+            gained = gained if active is None else gained + active.clamp_min(NOTHING)
+            leaves = torch.softmax(gained, dim=0) * p_unsafe
+    # both must hold: it looks risky, and no active cone holds it
+    held = torch.maximum(at_risk.top, nothing)
+    energy = -_either(risk.mass, inactive.mass, safe.mass)
+    return RiskScores(leaves, p_unsafe, evidence, torch.minimum(looks_risky, -held), energy)
 
 
-def _concept_shares(margins: Tensor, table: NodeTable, scale: float) -> Tensor:
-    """Softmax of each category's concepts by their own cones, [K, B]."""
-    logits = margins.index_select(0, table.concepts) * scale
-    groups = table.concept_leaf
-    peak = logits.new_full((len(table.leaves), logits.shape[1]), -torch.inf)
-    peak = peak.scatter_reduce(0, groups[:, None].expand_as(logits), logits.detach(), "amax")
-    weight = torch.exp(logits - peak.index_select(0, groups))
-    return weight / _per_leaf(weight, table).index_select(0, groups)
+def score_concepts(logits: Tensor, active: Tensor, leaf: Tensor) -> Tensor:
+    """Scores of the concepts of one category for each of P pairs of an item and a category.
 
-
-def _per_leaf(values: Tensor, table: NodeTable) -> Tensor:
-    """Sum of concept values [K, B] by category, [L, B]; 0 for leaves without concepts."""
-    total = values.new_zeros((len(table.leaves), values.shape[1]))
-    return total.index_add(0, table.concept_leaf, values)
-
-
-def _split(logits: Tensor, shares: Tensor, table: NodeTable) -> tuple[Tensor, Tensor]:
-    """Leaf logits [L, B] split by the share of each leaf's concepts that the policy leaves on.
+    Args:
+        logits: [K, P], margins of the concepts times scale / temperature; -inf where a category has
+            fewer than K. active: bool [K, P].
+        leaf: [P], scores of the categories.
 
     Returns:
-        logits of the part at risk and of the part let off (NOTHING where all is at risk).
+        [K, P], as :func:`score_margins` gives them.
     """
-    nothing = torch.full_like(logits, NOTHING)
-    if not bool(table.mixed.any()):
-        return logits, nothing
-    active = _per_leaf(shares * table.concept_active[:, None], table)
-    rest = _per_leaf(shares * ~table.concept_active[:, None], table)
-    on = (logits + active.log()).clamp_min(NOTHING)
-    off = (logits + rest.log()).clamp_min(NOTHING)
-    mixed = table.mixed[:, None]
-    return torch.where(mixed, on, logits), torch.where(mixed, off, nothing)
+    on = torch.softmax(logits, dim=0) * active
+    part = leaf / on.sum(0).clamp_min(torch.finfo(on.dtype).tiny)
+    return torch.minimum(on * part, leaf)
+
+
+class _Weighed(NamedTuple):
+    """Exponentials of logits [M, B] over their greatest, their sum, and its log [B]."""
+
+    weights: Tensor
+    total: Tensor
+    top: Tensor
+    mass: Tensor
+
+
+def _weighed(logits: Tensor) -> _Weighed:
+    if not len(logits):
+        none = logits.new_full((logits.shape[1],), -torch.inf)
+        return _Weighed(logits, torch.zeros_like(none), none, none)
+    top = logits.amax(0)
+    weights = (logits - top).exp_()
+    total = weights.sum(0)
+    return _Weighed(weights, total, top, total.log() + top)
+
+
+def _either(*masses: Tensor) -> Tensor:
+    """logsumexp [B] of masses, [B] or []."""
+    return functools.reduce(torch.logaddexp, masses)
+
+
+def _shares(logits: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Softmax of each category's concepts by their own cones, [K, B]; groups [K] are below
+    `count`."""
+    peak = logits.new_full((count, logits.shape[1]), -torch.inf)
+    peak = peak.scatter_reduce(0, groups[:, None].expand_as(logits), logits.detach(), "amax")
+    weight = torch.exp(logits - peak.index_select(0, groups))
+    return weight / _sums(weight, groups, count).index_select(0, groups)
+
+
+def _sums(values: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Sum of concept values [K, B] by category, [count, B]; 0 for leaves without concepts."""
+    return values.new_zeros((count, values.shape[1])).index_add(0, groups, values)
+
+
+def _gains(logits: Tensor, split: Tensor, table: NodeTable) -> tuple[Tensor, Tensor]:
+    """What the share of its active concepts adds to the logit of each leaf at risk, [R, B], and the
+    logits of the parts of mixed leaves that are let off."""
+    mixed = table.mixed[table.risk]  # [R]
+    place = torch.cumsum(table.mixed, 0) - 1  # among the mixed leaves
+    groups = place.index_select(0, table.concept_leaf.index_select(0, table.split))
+    active = table.concept_active.index_select(0, table.split)[:, None]
+    shares = _shares(split, groups, int(mixed.sum()))  # [S, B]
+    on, rest = (_sums(shares * a, groups, int(mixed.sum())) for a in (active, ~active))
+    gain = torch.zeros_like(logits)
+    gain[mixed] = on.log()
+    return gain, (logits[mixed] + rest.log()).clamp_min(NOTHING)

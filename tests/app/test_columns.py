@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hysafe.app import pipeline
+from hysafe.app import columns, pipeline
 from hysafe.app.columns import ColumnJudge, _numbers, _quoted, _riskiest
-from hysafe.app.pipeline import DIGITS, SafetyModel, rounded, text_pictures
+from hysafe.app.pipeline import DIGITS, SafetyModel, rounded
 from hysafe.app.rescore import Diff
 from hysafe.app.scan import collection_meta, result_line
 from hysafe.app.stored import judge_items
@@ -139,20 +141,92 @@ def _same(collection: Collection, model: SafetyModel, rules: dict[str, Any], siz
         reasons |= {j.result.channels.get("reason") for j in judged}
     if size == 4096 and not rules and len(collection) > 100:
         assert ratings == {"safe", "review", "unsafe"}
-        seen = judge.score(point_columns(batch, before))["image"][1].margins
-        assert text_pictures(seen, judge.table, model.encoder.cone_scale_value).any()
+        assert judge.score(point_columns(batch, before))["image"].text_picture.any()
         for words in ("too long", "error", "unlike", "above", "near the threshold"):
             assert any(words in str(reason) for reason in reasons), words
+
+
+@pytest.mark.parametrize("rules", [POLICIES["default"], POLICIES["off"]], ids=["default", "off"])
+def test_no_score_depends_on_the_batch_or_on_the_order_of_its_rows(
+    collection: Collection, model: SafetyModel, rules: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    before, view = collection.meta, model.view(Policy.from_dict({"nodes": rules}))
+    meta = collection_meta(model, view, reading=before.reading, reads=before.reads)
+    whole = collection.to_arrow(list(ENCODED)).combine_chunks()
+    rng = np.random.default_rng(0)
+    wanted: dict[str, Any] = {}
+    for size in (120, 97, 64, 33, 16, 7, 3, 2, 1):
+        monkeypatch.setattr(columns, "ROWS", int(rng.integers(1, 130)))
+        judge = ColumnJudge(model, view, before, meta)
+        order = rng.permutation(len(whole))[: 120 if size > 3 else 30]
+        for start in range(0, len(order), size):
+            part = whole.take(pa.array(order[start : start + size]))
+            batch = part.combine_chunks().to_batches()[0]
+            found = judge.judge(batch)
+            lines = bytes(judge.lines(batch, found)).decode().split("\n")[:-1]
+            rows = judge.rows(batch, found).to_pylist()
+            for row, line in zip(rows, lines, strict=True):
+                assert wanted.setdefault(row["id"], (row, line)) == (row, line)
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_point_that_is_no_number_is_reviewed(model: SafetyModel, reads: bool) -> None:
+    items = [replace(i, error=None) for i in mixed(model, 3)]
+    points = {n: np.full_like(v, np.nan) for n, v in items[0].points.items()}
+    items[0] = replace(items[0], points=points)
+    meta = collection_meta(model, model.view(), reading=model.hash, reads=reads)
+    judged = model.judge_encoded(items, model.view(), reading=model.hash, reads=reads)
+    batch = encode_rows([j.row for j in judged], meta).combine_chunks().to_batches()[0]
+    judge = ColumnJudge(model, model.view(), meta, meta)
+    found = judge.judge(batch)
+    lines = bytes(judge.lines(batch, found)).decode()
+    assert lines == "".join(result_line(j.result) for j in judged)
+    assert found.rating[0] == 1
+    assert not reads or judge.words[found.word[0]] == ("review", "no score")
+
+
+def test_a_node_is_in_the_cone_where_any_channel_is(
+    collection: Collection, model: SafetyModel
+) -> None:
+    before, view = collection.meta, model.view()
+    judge = ColumnJudge(model, view, before, before)
+    (batch,) = collection.batches(ENCODED)
+    told, n = judge.score(point_columns(batch, before)), batch.num_rows
+    rng = np.random.default_rng(0)
+    item, node = rng.integers(n, size=900), rng.integers(len(judge.table.ids), size=900)
+    wanted = np.zeros(900, dtype=bool)
+    for name, said in told.items():
+        margins = model.score_vectors(name, said.vectors, view).margins
+        every = np.zeros((n, margins.shape[1]), dtype=bool)
+        every[said.row] = margins > 0
+        wanted |= every[item, node]
+    assert 0 < wanted.sum() < 900
+    assert judge._inside(told, item, node, n).tolist() == wanted.tolist()
+    # what one channel does not hold is asked of the others
+    items, nodes, _, inside = judge._listed(told, n)
+    blind = {k: replace(s, inside=np.zeros_like(s.inside)) for k, s in told.items()}
+    several = np.array([len(i.points) > 1 for i in decode_rows(batch, before)])[items]
+    domain = np.array([judge.table.depth[k] == 1 for k in nodes])
+    asked = several | domain
+    assert inside[several].any()
+    assert judge._listed(blind, n)[3].tolist() == np.where(asked, inside, False).tolist()
+
+
+def test_the_first_highest_is_that_of_torch() -> None:
+    values = torch.randint(0, 4, (5, 300), generator=torch.Generator().manual_seed(0)).double()
+    values[:, 7], values[:, 8] = torch.nan, 0
+    assert torch.equal(columns._first_highest(values), values.argmax(0))
 
 
 def test_points_by_channel_are_those_of_the_items(
     collection: Collection, model: SafetyModel
 ) -> None:
     for batch in collection.batches(ENCODED, size=13):
-        columns = point_columns(batch, collection.meta)
+        by_channel = point_columns(batch, collection.meta)
         items = decode_rows(batch, collection.meta)
-        assert {n for i in items for n in i.points} == columns.keys()
-        for name, column in columns.items():
+        assert {n for i in items for n in i.points} == by_channel.keys()
+        for name, column in by_channel.items():
             owners = [k for k, i in enumerate(items) for _ in i.points.get(name, ())]
             assert column.row.tolist() == owners
             wanted = np.concatenate([i.points[name] for i in items if name in i.points])

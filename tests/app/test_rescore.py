@@ -15,12 +15,14 @@ from PIL import Image
 
 from hysafe.app import pipeline
 from hysafe.app.cli import main
+from hysafe.app.guard_namer import write_names
 from hysafe.app.lock import BusyError, lock
 from hysafe.app.pipeline import SafetyModel, ScanOptions
 from hysafe.app.rescore import diff_json, policy_names, rescore, write_diff
 from hysafe.app.scan import scan
 from hysafe.app.stored import model_of, stored_policy
 from hysafe.errors import CollectionError, ConfigError
+from hysafe.guard.naming import Naming
 from hysafe.index import Collection
 from hysafe.score.calibration import Calibration, ModalityCalibration
 from hysafe.taxonomy import Policy
@@ -184,6 +186,41 @@ def test_another_policy_gives_what_a_scan_under_it_gives(
             if a[key] is not None:
                 np.testing.assert_allclose(a[key], b[key], atol=1e-5)
     assert summary.scan.ratings.total() == len(wanted)
+
+
+def test_what_a_guard_said_stays_where_rating_and_novelty_do(
+    default: Collection, model: SafetyModel, tmp_path: Path
+) -> None:
+    path = default.folder / "results.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    judged = [line["id"] for line in lines if line["channels"]]
+    said = {k: Naming("" if i % 3 else f'"{i}" ✓', f"because {i}") for i, k in enumerate(judged)}
+    write_names(path, said)
+    before = path.read_bytes()
+    summary = rescore(default, model, out=tmp_path / "same")
+    assert (tmp_path / "same/results.jsonl").read_bytes() == before
+    assert summary.scan.items == len(lines)
+
+    old = {line["id"]: line for line in map(json.loads, before.splitlines())}
+    stays = {"none": set[str](), "some": set[str]()}
+    strict = {"nodes": {"D1": {"status": "sensitive", "threshold": 1e-4}}}
+    policies = {"none": Policy(), "some": Policy.from_dict(strict)}
+    old[judged[0]]["hashes"]["content"] = "another picture"
+    path.write_text("".join(json.dumps(line) + "\n" for line in old.values()))
+    for name, policy in policies.items():
+        summary = rescore(default, model, policy, out=tmp_path / name, report=True)
+        got = [json.loads(s) for s in (tmp_path / name / "results.jsonl").read_text().splitlines()]
+        for new in got:
+            was, keys = old[new["id"]], ("name", "rationale")
+            same = new["id"] in said and new["rating"] == was["rating"]
+            same &= all(new["novelty"][k] == was["novelty"][k] for k in ("policy", "distribution"))
+            same &= new["id"] != judged[0]
+            wanted = {k: was["novelty"][k] for k in keys} if same else {}
+            assert {k: v for k, v in new["novelty"].items() if k in keys} == wanted
+            stays[name] |= {new["id"]} if wanted else set()
+    assert stays["none"] == set(judged[1:])
+    assert stays["some"] < stays["none"]
+    assert "because 1" in (tmp_path / "none/report.html").read_text()
 
 
 def test_the_old_table_stays_as_a_version_and_results_match_the_table(

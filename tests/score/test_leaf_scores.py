@@ -10,7 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hysafe.score.leaves import LeafScores, NodeTable, score_margins
+from hysafe.geometry.cones import ConeBank, pairwise_margin
+from hysafe.score.leaves import (
+    LeafScores,
+    NodeTable,
+    score_concepts,
+    score_leaves,
+    score_margins,
+)
 from hysafe.taxonomy import Policy, Taxonomy, load_taxonomy
 
 SCALE = 6.0
@@ -164,6 +171,57 @@ def test_scores_equal_the_definition_in_loops(rules: dict[str, Any]) -> None:
         for node in nodes.view.taxonomy:
             got = float(scores.nodes[row, nodes.index[node.id]])
             assert got == pytest.approx(expected.get(node.id, 0.0), rel=1e-3, abs=1e-7), node.id
+
+
+@laws
+@given(policies, st.integers(0, 999), fits)
+def test_leaves_alone_and_concepts_alone_score_as_all_nodes_together(
+    drawn: dict[str, str], seed: int, fit: tuple[float, float, float]
+) -> None:
+    nodes, (slope, offset, temperature) = table(statuses_only(drawn)), fit
+    values = margins(nodes, seed, spread=0.5).double()
+    both = {"slope": slope, "offset": offset, "temperature": temperature}
+    every = score_margins(values, nodes, scale=SCALE, **both)
+    by_node = values.T
+    found = score_leaves(
+        by_node[nodes.leaves[nodes.order]] * SCALE,
+        by_node[nodes.concepts[nodes.split]] * (SCALE / temperature),
+        nodes, **both,
+    )  # fmt: skip
+    close = {"rtol": 1e-12, "atol": 1e-15}
+    for name in ("p_unsafe", "evidence", "policy_evidence", "energy"):
+        torch.testing.assert_close(getattr(found, name), getattr(every, name), **close)
+    risky = nodes.leaves[nodes.risk]
+    torch.testing.assert_close(found.leaves.T, every.nodes[:, risky], **close)
+    for place, leaf in zip(nodes.risk.nonzero().squeeze(1), found.leaves, strict=True):
+        own = nodes.concepts[nodes.concept_leaf == place]
+        logits = torch.full((len(own) + 2, len(values)), -torch.inf, dtype=torch.double)
+        logits[: len(own)] = by_node[own] * (SCALE / temperature)
+        active = torch.cat((nodes.active[own], torch.zeros(2, dtype=torch.bool)))
+        scores = score_concepts(logits, active[:, None], leaf)
+        torch.testing.assert_close(scores[: len(own)].T, every.nodes[:, own], **close)
+        assert not scores[len(own) :].any()
+
+
+@pytest.mark.parametrize("c", [0.3, 1.2])
+def test_a_bank_of_cones_gives_the_pairwise_margins(c: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    apexes = torch.randn(20, 16, generator=generator) * 0.2
+    apexes[7] = 0  # at the origin
+    points = torch.randn(90, 16, generator=generator).double()
+    points[:20] = apexes.double() * 1.5  # on an axis
+    points[20:30] = apexes[:10].double() + 1e-9
+    points[30], points[31] = 0, torch.nan
+    bank, wanted = ConeBank(apexes, c), pairwise_margin(apexes, points, c).T
+    close = {"rtol": 0, "atol": 1e-12, "equal_nan": True}
+    torch.testing.assert_close(bank.margins(points), wanted, **close)
+    groups = torch.randint(0, 5, (90,), generator=generator).sort().values
+    members = torch.randint(0, 20, (6, 4), generator=generator)  # nothing is in the last group
+    at = members.T[:, groups]
+    torch.testing.assert_close(
+        bank.margins_of(points, groups, members), wanted.gather(0, at), **close
+    )
+    torch.testing.assert_close(bank.margins_at(points, at[0]), wanted.gather(0, at[:1])[0], **close)
 
 
 def test_energy_and_evidence_by_hand() -> None:
