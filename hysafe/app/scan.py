@@ -155,7 +155,9 @@ def scan(
                     output = output.restart()
                 output.cut()
             known = _Seen([] if fresh else _tables(output, meta), output, retry=retry)
-            judged = model.judge(items, policy=policy, ocr=ocr, options=options, known=known)
+            judged = model.judge_batches(
+                items, policy=policy, ocr=ocr, options=options, known=known
+            )
             for batch in _commits(judged, options):
                 with writing(out):
                     batch = known.fill(batch, model, view)
@@ -201,16 +203,15 @@ def _name(out: Path, model: SafetyModel, view: PolicyView, namer: GuardNamer) ->
         return write_names(out / RESULTS, names)
 
 
-def _commits(judged: Iterable[Judgement], options: ScanOptions) -> Iterator[list[Judgement]]:
+def _commits(batches: Iterable[list[Judgement]], options: ScanOptions) -> Iterator[list[Judgement]]:
     """Judgements in the portions that are written at once: whole batches, so that a scan that goes
     on after them makes the batches that it would have made."""
     portion: list[Judgement] = []
     last = time.monotonic()
-    for j in judged:
-        portion.append(j)
-        if len(portion) % options.batch == 0 and (
-            len(portion) >= options.commit or time.monotonic() - last >= COMMIT_SECONDS
-        ):
+    for batch in batches:
+        portion += batch
+        done_again = len(portion) + options.encoders * len(batch)  # were it killed now
+        if done_again >= options.commit or time.monotonic() - last >= COMMIT_SECONDS:
             yield portion
             portion, last = [], time.monotonic()
     if portion:
@@ -356,7 +357,7 @@ def add(
 
     reader = InputReader(paths, text_column=text_column, image_column=image_column,
                          exclude=[str(collection.folder)])  # fmt: skip
-    judged = model.judge(new(reader), policy=policy, ocr=ocr, options=options)
+    judged = model.judge_batches(new(reader), policy=policy, ocr=ocr, options=options)
     summary = ScanSummary(collection.folder)
     with lock(collection.folder):
         with writing(collection.folder):

@@ -28,7 +28,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.util import Finalize
 from queue import SimpleQueue
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +59,8 @@ START_PAUSE_SECONDS = 0.5
 END_SECONDS = 10.0
 # A program that is stopped for a while (Ctrl-Z) loses one slice of a picture's time, not all.
 SLICE_SECONDS = 0.25
+# Shared memory begins with a number.
+COUNT_BYTES = 8
 
 Pixels = NDArray[np.uint8]
 Decoded = tuple[Item, Pixels | None]
@@ -230,7 +232,9 @@ class DecodePool:
     def _start(self) -> None:
         """Start the processes; with a warning, do without where they cannot be started."""
         try:
-            self._crew = _Crew(self.workers, self.seconds, self.memory, self.size, self.max_pixels)
+            self._crew = _Crew(
+                self.workers, self.seconds, self.chunk, self.memory, self.size, self.max_pixels
+            )
         except HysafeError as error:
             self.workers = 0
             logger.warning(
@@ -244,7 +248,7 @@ class DecodePool:
 
 
 class _Crew:
-    """Threads that hand chunks to processes; `settings` are those of :func:`_serve`."""
+    """Threads that hand chunks to processes; `settings` are those of :class:`_Cell`."""
 
     def __init__(self, workers: int, seconds: float, *settings: int) -> None:
         self._seconds = seconds
@@ -345,12 +349,20 @@ class _Crew:
 
 
 class _Cell:
-    """A process that decodes for one thread at a time; any thread may kill it."""
+    """A process that decodes for one thread at a time; any thread may kill it.
 
-    def __init__(self, *settings: int) -> None:
+    It puts pixels into shared memory and counts them there. Through the line come errors, and a
+    word when all is done: one message a chunk, where nothing is wrong.
+    """
+
+    def __init__(self, chunk: int, memory: int, size: int, max_pixels: int) -> None:
         context = multiprocessing.get_context("spawn")
+        shared = context.RawArray("B", COUNT_BYTES + chunk * 3 * size**2)
+        self._done, self._pixels = _views(shared, size)
         self.line, far_end = context.Pipe()
-        self.process = context.Process(target=_serve, args=(far_end, *settings), daemon=True)
+        self.process = context.Process(
+            target=_serve, args=(far_end, shared, memory, size, max_pixels), daemon=True
+        )
         self.process.start()
         far_end.close()  # the line ends with the process
 
@@ -358,17 +370,28 @@ class _Cell:
         self, pictures: list[bytes], seconds: float
     ) -> tuple[list[Outcome], ErrorRecord | None]:
         """What came of the pictures, and of the one that the cell did not survive."""
-        outcomes: list[Outcome] = []
-        slices = math.ceil(seconds / SLICE_SECONDS)
-        try:
+        errors: dict[int, ErrorRecord] = {}
+        problem: ErrorRecord | None = CRASHED
+        self._done[0] = done = 0
+        slices = left = math.ceil(seconds / SLICE_SECONDS)
+        with suppress(EOFError, OSError):
             self.line.send(pictures)
-            for _ in pictures:
-                if not any(self.line.poll(seconds / slices) for _ in range(slices)):
-                    return outcomes, TIMED_OUT
-                outcomes.append(self.line.recv())
-        except (EOFError, OSError):
-            return outcomes, CRASHED
-        return outcomes, None
+            while left:
+                told = self.line.poll(seconds / slices)
+                if told:
+                    message = self.line.recv()
+                    if message is None:
+                        problem = None
+                        break
+                    errors[message[0]] = message[1]
+                last, done = done, int(self._done[0])
+                left = slices if told or done > last else left - 1
+            else:
+                problem = TIMED_OUT
+        if problem is not TIMED_OUT:  # what a process that still runs has done since does not count
+            done = int(self._done[0])
+        pixels = self._pixels[:done].copy()  # the cell goes on to overwrite them
+        return [errors.get(k, pixels[k]) for k in range(done)], problem
 
 
 class _Task(NamedTuple):
@@ -388,14 +411,28 @@ def _outcome(picture: bytes, size: int, max_pixels: int) -> Outcome:
         return OUT_OF_MEMORY
 
 
-def _serve(line: Connection, memory: int, size: int, max_pixels: int) -> None:
-    """Runs in the worker: answer lists of pictures with an outcome for each."""
+def _serve(line: Connection, shared: Any, memory: int, size: int, max_pixels: int) -> None:
+    """Runs in the worker: take lists of pictures, and leave an outcome for each."""
     _prepare_worker(memory)
+    done, pixels = _views(shared, size)
     with suppress(EOFError, OSError):  # the owner has ended
         line.send(None)
         while True:
-            for picture in line.recv():
-                line.send(_outcome(picture, size, max_pixels))
+            for k, picture in enumerate(line.recv()):
+                outcome = _outcome(picture, size, max_pixels)
+                if isinstance(outcome, ErrorRecord):
+                    line.send((k, outcome))
+                else:
+                    pixels[k] = outcome
+                done[0] = k + 1
+            line.send(None)
+
+
+def _views(shared: Any, size: int) -> tuple[NDArray[np.int64], Pixels]:
+    """What a cell and its process share: a count, and pixels [chunk, 3, S, S]."""
+    count = np.frombuffer(shared, np.int64, 1)
+    pixels = np.frombuffer(shared, np.uint8, offset=COUNT_BYTES)
+    return count, pixels.reshape(-1, 3, size, size)
 
 
 def _prepare_worker(memory: int) -> None:

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import io
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from hysafe.app.pipeline import SafetyModel, ScanOptions
+from hysafe.app.pipeline import (
+    BATCH_BYTES,
+    TEXTS_PER_PICTURE,
+    SafetyModel,
+    ScanOptions,
+    _ahead,
+    _batches,
+    _buckets,
+    _Seen,
+    load,
+)
 from hysafe.app.scan import result_line, scan
 from hysafe.data.images import content_hash
 from hysafe.index import Collection
@@ -102,6 +117,91 @@ def test_scores_do_not_depend_on_the_batch_size(tiny_model: SafetyModel) -> None
     ]
     assert runs[0] == pytest.approx(runs[1], abs=2e-4)
     assert runs[0] == pytest.approx(runs[2], abs=2e-4)
+
+
+@given(st.lists(st.integers(1, 128), max_size=60), st.integers(1, 600))
+def test_texts_of_like_length_share_a_bucket(lengths: list[int], tokens: int) -> None:
+    buckets = list(_buckets(lengths, tokens))
+    places = [i for bucket in buckets for i in bucket]
+    assert sorted(places) == list(range(len(lengths)))
+    assert [lengths[i] for i in places] == sorted(lengths)
+    for bucket in buckets:
+        assert len(bucket) == 1 or len(bucket) * max(lengths[i] for i in bucket) <= tokens
+
+
+KINDS = {
+    "picture": Item("a", "s", "image", image=b"x"),
+    "large": Item("a", "s", "image", image=bytes(BATCH_BYTES // 2)),
+    "text": Item("a", "s", "text", text="x"),
+}
+
+
+@given(st.lists(st.sampled_from(sorted(KINDS)), max_size=60), st.integers(1, 5))
+def test_after_any_batch_the_following_ones_are_the_same(kinds: list[str], pictures: int) -> None:
+    seen = [_Seen(KINDS[kind], None, None) for kind in kinds]
+    batches = list(_batches(seen, pictures))
+    assert [one for batch in batches for one in batch] == seen
+    assert all(len(batch) <= pictures * TEXTS_PER_PICTURE for batch in batches)
+    assert all(sum(s.item.image is not None for s in batch) <= pictures for batch in batches)
+    assert all(sum(len(s.item.image or b"") for s in b[:-1]) < BATCH_BYTES for b in batches)
+    done = 0
+    for number, batch in enumerate(batches):
+        done += len(batch)
+        assert list(_batches(seen[done:], pictures)) == batches[number + 1 :]
+
+
+def test_batches_judged_at_once_are_judged_alike(tiny_model: SafetyModel) -> None:
+    items = [
+        Item(f"{i}", "s", "image+text", text=f"text {i}" * (i % 5), image=png((9 * i, 50, 9)))
+        for i in range(23)
+    ]
+    lines = [
+        [
+            result_line(j.result)
+            for j in tiny_model.judge(items, options=ScanOptions(4, 0, encoders=encoders))
+        ]
+        for encoders in (0, 1, 2)
+    ]
+    assert len(lines[0]) == len(items)
+    assert lines[0] == lines[1] == lines[2]
+
+
+def test_work_ahead_comes_back_in_order_and_is_bounded() -> None:
+    threads, begun, gone = torch.get_num_threads(), 0, threading.Event()
+
+    def given_out() -> Iterator[int]:
+        nonlocal begun
+        while begun < 20:
+            begun += 1
+            yield begun
+
+    def work(number: int) -> int:
+        if number == 1:
+            assert gone.wait(30)  # by the second one, which runs beside it
+        gone.set()
+        return -number
+
+    for done, result in enumerate(_ahead(work, given_out(), 2), start=1):
+        assert result == -done
+        assert begun <= done + 2
+    assert begun == 20
+    assert torch.get_num_threads() == threads
+
+
+def test_texts_in_bfloat16_are_judged_nearly_alike_under_another_hash(
+    tiny_folder: Path, tiny_model: SafetyModel, tmp_path: Path
+) -> None:
+    half = load(str(tiny_folder), cache=tmp_path, bf16_text=True)
+    texts = [f"text {i}" * (1 + i % 3) for i in range(9)]
+    wide, narrow = tiny_model.moderate(texts=texts), half.moderate(texts=texts)
+    assert [r.p_unsafe for r in wide] == pytest.approx([r.p_unsafe for r in narrow], abs=0.05)
+    assert [r.radius for r in wide] != [r.radius for r in narrow]
+    assert half.hash == tiny_model.hash  # their points may be compared
+    assert {r.hashes.model for r in narrow}.isdisjoint(r.hashes.model for r in wide)
+    reader = Reader("words")
+    assert half.hash_with(reader) not in (tiny_model.hash_with(reader), half.hash_with(None))
+    queries = [m.encode_text(texts).space for m in (half, tiny_model)]
+    assert torch.equal(*queries)
 
 
 def test_long_text_goes_through_windows(tiny_model: SafetyModel) -> None:
