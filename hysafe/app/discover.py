@@ -33,6 +33,7 @@ from hysafe.discover.proposals import write_text
 from hysafe.errors import ConfigError
 from hysafe.geometry import Points
 from hysafe.guard.naming import Namer, PhraseNamer, Whitening
+from hysafe.guard.similarity import minilm_embed
 from hysafe.index import Collection, EncodedItem
 from hysafe.taxonomy import Policy, PolicyView, Taxonomy
 
@@ -184,7 +185,7 @@ def load_namer(
         ConfigError: there is none of that name.
     """
     if name == "phrases":
-        return PhraseNamer(model.encode_text, reference=reference)
+        return PhraseNamer(model.encode_text, reference=reference, meaning=minilm_embed)
     from hysafe.app.guard_namer import load_guard
 
     return load_guard(name, model)

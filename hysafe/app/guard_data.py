@@ -35,6 +35,7 @@ from hysafe.guard.corpus import (
 from hysafe.guard.model import Evidence, PolicySpace
 from hysafe.guard.naming import Whitening, bundled_phrases
 from hysafe.guard.protocol import Episode
+from hysafe.guard.similarity import minilm_embed
 from hysafe.guard.split import hidden_nodes
 from hysafe.taxonomy import Taxonomy
 from hysafe.types import Sample
@@ -98,7 +99,7 @@ def _kept(cache: Path | None, key: str, make: Callable[[], np.ndarray]) -> np.nd
 
 def evidence_of(
     model: SafetyModel, channels: Mapping[str, np.ndarray], texts: Sequence[str], index: PhraseIndex,
-    view: Any = None, *, phrases: int = 16,
+    view: Any = None, *, phrases: int = 16, borrow: bool = False, without: np.ndarray | None = None,
 ) -> list[Evidence]:  # fmt: skip
     """Evidence of n items, each with the same channels.
 
@@ -107,13 +108,14 @@ def evidence_of(
             in a scan.
         texts: what each item says.
         view: what gives margins and scores; the default policy's without it.
+        phrases, borrow, without: see :meth:`PhraseIndex.choose`.
     """
     view = view or model.view()
     said = {name: model.score_vectors(name, v, view) for name, v in channels.items()}
     margins = np.max([s.margins for s in said.values()], axis=0).astype(np.float32)
     scores = np.max([s.nodes for s in said.values()], axis=0).astype(np.float32)
     words = next(c for c in ("text", "ocr", "image") if c in channels)
-    near = index.find(channels[words], words, phrases)
+    near = index.choose(channels[words], words, phrases, borrow=borrow, without=without)
     found = []
     for i, text in enumerate(texts):
         found.append(
@@ -125,7 +127,7 @@ def evidence_of(
                     [np.nan if s.distribution is None else s.distribution[i] for s in said.values()]
                 ),
                 margins[i], scores[i], text, tuple(index.phrases[c] for c in near[i][0]),
-                index.vectors[near[i][0]].astype(np.float16), near[i][1],
+                index.vectors[near[i][0]].astype(np.float16), near[i][1], near[i][2],
             )
         )  # fmt: skip
     return found
@@ -239,7 +241,10 @@ class GuardData(L.LightningDataModule):
         shown = self._shown(model, gone)
         phrases = [p for p in bundled_phrases() if p.casefold() not in shown]
         phrases = phrases[: self.limit and self.limit * 4]
-        index = PhraseIndex(phrases, encode_texts(model, phrases, self.cache), whitening)
+        index = PhraseIndex(
+            phrases, encode_texts(model, phrases, self.cache), whitening,
+            minilm_embed(phrases).numpy(),
+        )  # fmt: skip
         made = {k: self._texts(model, samples[k], vectors[k], index) for k in samples}
         if len(pixels):
             evidence = evidence_of(model, {"image": pixels}, [""] * len(pixels), index)

@@ -27,7 +27,7 @@ __all__ = ["GUARDS", "GuardNamer", "load_guard", "name_novel", "write_names"]
 
 # Bundled guards and their folders in the package's assets.
 GUARDS = {"mini-guard": "mini_guard"}
-CHUNK = 1024
+CHUNK = 4096
 CHANNELS = ("image", "text", "ocr")
 
 
@@ -66,8 +66,9 @@ class GuardNamer:
             rows = [i for i, m in enumerate(modalities) if m == channel]
             stack = np.asarray(vectors, np.float32)[rows]
             items = evidence_of(
-                self.model, {channel: stack}, [texts[i] for i in rows], self.index, view
-            )
+                self.model, {channel: stack}, [texts[i] for i in rows], self.index, view,
+                borrow=True, without=restated(self.index.phrases, view),
+            )  # fmt: skip
             for i, naming in zip(rows, self.names(items, view, always=True), strict=True):
                 found[i] = naming
         return found
@@ -149,7 +150,10 @@ def name_novel(
     *,
     alpha: float = NOVEL_AT,
 ) -> dict[str, Naming]:
-    """Names of the novel items of a collection, by item id; only these reach the guard."""
+    """Names of the novel items of a collection, by item id; only these reach the guard.
+
+    Items of one kind that stand close together borrow from one another, in portions of CHUNK.
+    """
     places = novel_places(collection, alpha)
     found: dict[str, Naming] = {}
     for start in range(0, len(places), CHUNK):
@@ -166,7 +170,10 @@ def name_novel(
                 c: np.stack([spoken[c].vectors[spoken[c].at[k]] for k in members]) for c in channels
             }
             texts = [rows[k].text or rows[k].read_text for k in members]
-            items = evidence_of(model, vectors, texts, namer.index, view)
+            items = evidence_of(
+                model, vectors, texts, namer.index, view, borrow=True,
+                without=restated(namer.index.phrases, view),
+            )  # fmt: skip
             for k, naming in zip(members, namer.names(items, view), strict=True):
                 if naming is not None:
                     found[rows[k].id] = naming

@@ -16,7 +16,7 @@ __all__ = ["answers_of", "chosen_names", "names_of", "novelty_of"]
 # Prompts at once.
 ROWS = 64
 # Weight of a phrase's cosine beside the guard's log-probability of it; see docs/results.md.
-NEARNESS = 10.0
+NEARNESS = 20.0
 
 
 def answers_of(

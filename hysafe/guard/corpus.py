@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hysafe.errors import ConfigError
 from hysafe.guard.model import Evidence
-from hysafe.guard.naming import Whitening
+from hysafe.guard.naming import Whitening, agreement, borrowed
 from hysafe.guard.protocol import (
     Episode,
     PromptPolicy,
@@ -44,7 +44,7 @@ CHOOSE_RATE = 0.85
 # Entries of a training policy: from few to all.
 SIZES = (6, 12, 20, 36)
 # Items compared with all phrases at once.
-ROWS = 4096
+ROWS = 1024
 
 
 # ---------------------------------------------------------------- phrases
@@ -76,22 +76,29 @@ def wordnet_phrases(edges: str | Path) -> list[str]:
 
 
 class PhraseIndex:
-    """The phrases of a list that are nearest to an item, for prompts.
+    """The phrases of a list that may name an item, for prompts.
 
     Args:
         phrases: P phrases.
         vectors: their tangent vectors [P, D].
         whitening: of each channel, fitted on ordinary items of it; see
             :class:`hysafe.guard.naming.Whitening`.
+        meanings: unit vectors [P, E] of what they mean, from a sentence encoder; with them
+            :meth:`choose` ranks by agreement, without them by nearness.
     """
 
     def __init__(
-        self, phrases: Sequence[str], vectors: np.ndarray, whitening: Mapping[str, Whitening]
+        self,
+        phrases: Sequence[str],
+        vectors: np.ndarray,
+        whitening: Mapping[str, Whitening],
+        meanings: np.ndarray | None = None,
     ) -> None:
         if len(phrases) != len(vectors):
             raise ConfigError(f"{len(phrases)} phrases, {len(vectors)} vectors. One per phrase.")
         self.phrases, self.vectors = tuple(phrases), np.asarray(vectors, np.float32)
         self.whitening = dict(whitening)
+        self.meanings = None if meanings is None else _bytes(meanings)
         mean = self.vectors.mean(0)
         self._directions = {
             name: w.directions(self.vectors, mean=mean).astype(np.float32)
@@ -101,28 +108,64 @@ class PhraseIndex:
     def nearest(self, vectors: np.ndarray, channel: str, k: int) -> list[tuple[str, ...]]:
         """k phrases for each of n vectors [n, D] of a channel, nearest first; none for a channel
         without whitening."""
-        return [tuple(self.phrases[c] for c in rows) for rows, _ in self.find(vectors, channel, k)]
-
-    def find(
-        self, vectors: np.ndarray, channel: str, k: int
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """As :meth:`nearest`: places in the list [k] and cosines [k] for each vector."""
         if channel not in self.whitening:
-            return [(np.empty(0, np.int64), np.empty(0, np.float32))] * len(vectors)
-        found: list[tuple[np.ndarray, np.ndarray]] = []
-        k = min(k, len(self.phrases))
+            return [()] * len(vectors)
+        found: list[tuple[str, ...]] = []
         for start in range(0, len(vectors), ROWS):
             seen = self.whitening[channel].directions(vectors[start : start + ROWS])
             close = seen.astype(np.float32) @ self._directions[channel].T
-            top = np.argpartition(-close, k - 1, axis=1)[:, :k]
-            for row, columns in zip(close, top, strict=True):
-                ranked = columns[np.argsort(-row[columns], kind="stable")]
-                found.append((ranked, row[ranked]))
+            order = np.argsort(-close, axis=1, kind="stable")[:, :k]
+            found += [tuple(self.phrases[c] for c in row) for row in order]
+        return found
+
+    def choose(
+        self,
+        vectors: np.ndarray,
+        channel: str,
+        k: int,
+        *,
+        borrow: bool = False,
+        without: np.ndarray | None = None,
+    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Phrases that may name each of n items, the best first.
+
+        Args:
+            vectors: tangent vectors [n, D] of a channel.
+            k: so many at most.
+            borrow: items that stand close together share what is near to them, see
+                :func:`hysafe.guard.naming.borrowed`.
+            without: bool [P], phrases that are not to be named.
+
+        Returns:
+            For each item the places in the list [k], their agreement with all near phrases [k] and
+            their cosines [k]; the cosines twice where the index has no meanings. Nothing for a channel
+            without whitening.
+        """
+        if channel not in self.whitening:
+            return [(np.empty(0, np.int64), np.empty(0), np.empty(0))] * len(vectors)
+        units = self.whitening[channel].directions(vectors)
+        units = borrowed(units) if borrow else units
+        found = []
+        for start in range(0, len(units), ROWS):
+            close = units[start : start + ROWS].astype(np.float32) @ self._directions[channel].T
+            if without is not None:
+                close[:, without] = -np.inf
+            for row in close:
+                if self.meanings is None:
+                    order = np.argsort(-row, kind="stable")[:k]
+                    found.append((order, row[order], row[order]))
+                    continue
+                order, scores = agreement(row, self.meanings)
+                found.append((order[:k], scores[:k], row[order[:k]]))
         return found
 
     def save(self, folder: str | Path) -> None:
         """Write phrases.txt and phrases.safetensors beside a guard."""
         arrays = {"vectors": torch.from_numpy(self.vectors).half()}
+        if self.meanings is not None:
+            arrays["meanings"] = torch.from_numpy(
+                np.rint(self.meanings * (127 / np.abs(self.meanings).max(1, keepdims=True)))
+            ).to(torch.int8)
         for name, w in self.whitening.items():
             arrays[f"{name}.mean"] = torch.from_numpy(w.mean).float()
             arrays[f"{name}.matrix"] = torch.from_numpy(w.matrix).float().contiguous()
@@ -148,7 +191,15 @@ class PhraseIndex:
                 )
                 for c in sorted(channels)
             },
+            arrays["meanings"].numpy() if "meanings" in arrays else None,
         )
+
+
+def _bytes(meanings: np.ndarray) -> np.ndarray:
+    """Unit vectors [P, E] float32, in the 255 steps that a saved index keeps of them."""
+    x = np.asarray(meanings, np.float32)
+    steps = np.rint(x * (127 / np.abs(x).max(1, keepdims=True)))
+    return steps / np.linalg.norm(steps, axis=1, keepdims=True)
 
 
 # ---------------------------------------------------------------- items

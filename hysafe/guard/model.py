@@ -129,9 +129,10 @@ class Evidence:
         p_unsafe, distribution: calibrated risk and p-value of novelty [M]; NaN for none.
         margins, scores: of the item in the cones of the space's nodes [N].
         text: given or read.
-        phrases: the nearest of a list, nearest first.
-        phrase_vectors, phrase_scores: their tangent vectors [k, D] and how near they are [k], the
-            cosine of :class:`hysafe.guard.corpus.PhraseIndex`; without them none can be pointed at.
+        phrases: what may name it, from a list, the best first.
+        phrase_vectors, phrase_scores, phrase_cosines: their tangent vectors [k, D], their agreement [k]
+            and cosines [k], see :meth:`hysafe.guard.corpus.PhraseIndex.choose`; without them none can be
+            pointed at.
     """
 
     channels: tuple[str, ...]
@@ -144,6 +145,7 @@ class Evidence:
     phrases: tuple[str, ...] = ()
     phrase_vectors: np.ndarray | None = None
     phrase_scores: np.ndarray | None = None
+    phrase_cosines: np.ndarray | None = None
 
 
 def _features(
@@ -298,10 +300,12 @@ class GuardProcessor:
         shown = [k for k, p in enumerate(item.phrases) if p.casefold() not in listed][:PHRASES]
         pointed = []
         for place, k in enumerate(shown):
-            if item.phrase_vectors is not None and item.phrase_scores is not None:
-                vector = torch.as_tensor(item.phrase_vectors[k]).float()
-                score = float(item.phrase_scores[k])
-                points.append(_features("entry", vector, token=1, margin=score))
+            given = item.phrase_vectors, item.phrase_scores, item.phrase_cosines
+            if all(g is not None for g in given):
+                vector, score, cosine = (torch.as_tensor(g[k]).float() for g in given)  # type: ignore[index]
+                points.append(
+                    _features("entry", vector, token=1, margin=float(score), score=float(cosine))
+                )
                 tokens += [self.pointers[place], s[POINT]]
                 pointed.append(item.phrases[k])
             if place < SPELLED:

@@ -228,7 +228,7 @@ def pointed() -> list[Evidence]:
     return [
         replace(
             e, phrases=("coin collecting", "fake shops", "Weapons & explosives"),
-            phrase_vectors=rng.standard_normal((3, DIM)), phrase_scores=np.array([0.9, 0.5, 0.1]),
+            phrase_vectors=rng.standard_normal((3, DIM)), phrase_scores=np.array([0.9, 0.5, 0.1]), phrase_cosines=np.array([0.6, 0.7, 0.2]),
         )
         for e in items()
     ]  # fmt: skip

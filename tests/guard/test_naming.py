@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 from hysafe.errors import ConfigError
 from hysafe.geometry import Points
-from hysafe.guard.naming import PhraseNamer, Whitening, restated
+from hysafe.guard.corpus import PhraseIndex
+from hysafe.guard.naming import PhraseNamer, Whitening, agreement, borrowed, restated
 from hysafe.taxonomy import Policy, PolicyView, load_taxonomy
 
 WORDS = ["laser pointers", "old coins", "garden tools", "tusk carvings"]
@@ -84,6 +86,73 @@ def test_where_the_phrases_lie_as_a_whole_plays_no_part(view: PolicyView) -> Non
         for offset in (0.0, 3.0)
     ]
     assert found[0] == found[1]  # with its cosine
+
+
+def test_what_near_phrases_agree_on_wins_over_an_odd_one() -> None:
+    """The nearest phrase means something else than the three behind it."""
+    nearness = np.array([0.50, 0.48, 0.46, 0.47, -np.inf, -0.9])
+    meanings = np.eye(3)[[1, 0, 0, 0, 0, 1]]
+    meanings[2:4] = [[0.96, 0, 0.28], [0.96, 0, -0.28]]
+    order, scores = agreement(nearness, meanings)
+    assert order.tolist() == [1, 3, 2, 0, 5]  # the phrase that may not be named does not vote
+    assert (np.diff(scores) <= 0).all()
+    # by hand: the votes' weighted mean similarity to the second phrase
+    votes = np.exp(6.0 * (nearness[[0, 1, 2, 3, 5]] - 0.5))
+    wanted = votes @ meanings[[0, 1, 2, 3, 5]] @ meanings[1] / votes.sum()
+    assert scores[0] == pytest.approx(wanted)
+    assert agreement(np.full(3, -np.inf), meanings[:3])[0].tolist() == []
+
+
+def test_items_borrow_from_near_ones_only() -> None:
+    rng = np.random.default_rng(0)
+    units = np.eye(6)[[0, 0, 0, 3, 4]] + 0.1 * rng.normal(size=(5, 6))
+    units /= np.linalg.norm(units, axis=1, keepdims=True)
+    moved = borrowed(units)
+    assert np.linalg.norm(moved, axis=1) == pytest.approx(np.ones(5))
+    assert moved[3:] == pytest.approx(units[3:])  # alone: as they were
+    middle = units[:3].mean(0)
+    assert (moved[:3] @ middle > units[:3] @ middle).all()
+    assert borrowed(units[:1]) == pytest.approx(units[:1])
+    assert borrowed(units[:0]).shape == (0, 6)
+
+
+def test_the_list_ranks_by_agreement_and_is_the_same_after_loading(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    vectors, items = rng.normal(size=(90, 5)), rng.normal(size=(30, 5))
+    meanings = rng.normal(size=(90, 7))
+    meanings /= np.linalg.norm(meanings, axis=1, keepdims=True)
+    whitening = {"text": Whitening.fit(items)}
+    index = PhraseIndex([f"phrase {k}" for k in range(90)], vectors, whitening, meanings)
+    index.save(tmp_path)
+    again = PhraseIndex.load(tmp_path)
+    assert again.meanings == pytest.approx(index.meanings, abs=1e-7)
+    assert again.meanings == pytest.approx(meanings, abs=0.01)
+    off = np.zeros(90, bool)
+    off[::2] = True
+    for borrow in (False, True):
+        for places, scores, cosines in index.choose(items, "text", 12, borrow=borrow, without=off):
+            assert len(places) == len(scores) == len(cosines) == 12
+            assert not off[places].any()
+            assert (np.diff(scores) <= 1e-9).all()
+    plain = PhraseIndex(index.phrases, vectors, whitening).choose(items, "text", 3)
+    near = index.nearest(items, "text", 3)
+    assert [tuple(index.phrases[c] for c in places) for places, *_ in plain] == near
+    assert len(index.choose(items, "radio", 3)[0][0]) == 0
+
+
+def test_a_namer_with_meanings_says_what_phrases_agree_on(view: PolicyView) -> None:
+    encode = Encoder()
+    reference = {"text": Whitening(np.zeros(6), np.eye(6))}
+    around = np.mean([encode.place(k) for k in range(4)], axis=0)
+    item = (encode.place(0) + 0.95 * encode.place(1) + 0.9 * encode.place(2) - around)[None]
+    one = torch.tensor([[1.0, 0], [0, 1], [0, 1], [0, 1]])  # three of four mean the same
+    plain = PhraseNamer(encode, WORDS, reference=reference)
+    namer = PhraseNamer(encode, WORDS, reference=reference, meaning=lambda texts: one)
+    assert names(plain.name(item, ["text"], [""], view)) == ["laser pointers"]
+    (found,) = namer.name(item, ["text"], [""], view)
+    assert found is not None
+    assert found.name in WORDS[1:3]
+    assert "agree" in found.rationale
 
 
 def test_a_name_never_restates_an_active_node(view: PolicyView) -> None:
