@@ -41,6 +41,7 @@ HOMES = {
     "open_clip": ("encoder/towers.py",),
     "pytorch_lightning": (),
     "rapidocr": ("data/ocr.py",),
+    "ray": ("app/ray_scan.py",),
 }
 GROUND_MAY_IMPORT = {"torch"}  # layer 0
 NO_SUCH_FOLDERS = {"utils", "util", "common", "helpers", "helper", "misc"}
@@ -174,6 +175,7 @@ REFUSED = [
     ("app/a.py", "def f():\n    import datasets", "datasets belongs into data/sources.py"),
     ("app/a.py", "import lancedb as db", "lancedb belongs into index/collection.py"),
     ("app/a.py", "from rapidocr import RapidOCR", "rapidocr belongs into data/ocr.py"),
+    ("app/scan.py", "import ray.data", "ray belongs into app/ray_scan.py"),
     ("encoder/a.py", "import lightning.pytorch", "lightning belongs into data/datamodule.py"),
     ("application/a.py", "import lightning", "application has no layer"),
     ("app/a.py", "import pytorch_lightning", "pytorch_lightning belongs into no file"),

@@ -44,6 +44,8 @@ LONGEST_DECODE, LEAST_MEMORY = 86_400, 64
 # Options of one suite of `hysafe eval`.
 CARD_ONLY = ("control", "fit", "write")
 NOVELTY_ONLY = ("settings", "held_out", "unseen", "limit", "seed")
+# Options of `hysafe scan --engine ray`.
+RAY_ONLY = ("address", "shards", "actors", "timeout")
 
 USAGE_ERRORS = (ConfigError, InputError, MissingExtraError, ModelError, TaxonomyError)
 
@@ -120,6 +122,17 @@ def _parser() -> argparse.ArgumentParser:
                       help="decode and read again what failed in an earlier scan")  # fmt: skip
     scan.add_argument("--fresh", action="store_true",
                       help="encode everything again, also what is known from an earlier scan")  # fmt: skip
+    scan.add_argument("--engine", choices=["local", "ray"], default="local",
+                      help="where it runs: this process, or the workers of a Ray cluster")  # fmt: skip
+    ray = scan.add_argument_group("engine ray only")
+    ray.add_argument("--address", metavar="ADDR",
+                     help="HOST:PORT of a running cluster, or auto (default: start one here)")  # fmt: skip
+    ray.add_argument("--shards", metavar="PLACE", help="folder or address of the Parquet shards, seen "
+                     "by all machines (default: DIR/shards)")  # fmt: skip
+    ray.add_argument("--actors", type=int, metavar="N",
+                     help="workers (default: as many as there are CPUs for)")  # fmt: skip
+    ray.add_argument("--timeout", type=float, metavar="S",
+                     help="give up after so many seconds without a finished shard (default: 1800)")  # fmt: skip
     scan.set_defaults(run=_scan)
 
     demo = commands.add_parser("demo", help="scan the bundled demo collection")
@@ -179,6 +192,8 @@ def _add_scan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=None, metavar="N",
                         help="decode processes (default: cores - 1, at least 1; 0: none)")  # fmt: skip
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="items a batch")
+    parser.add_argument("--bf16", action="store_true",
+                        help="texts in bfloat16: faster, scores differ in the third digit")  # fmt: skip
     parser.add_argument("--decode-seconds", type=float, default=60.0, metavar="S",
                         help="time limit of one picture in a decode process (default: 60)")  # fmt: skip
     parser.add_argument("--decode-memory", type=int, default=2048, metavar="MB",
@@ -198,6 +213,7 @@ def _scan(arguments: argparse.Namespace) -> int:
 
     columns = {"text_column": arguments.text_column, "image_column": arguments.image_column}
     check_paths(arguments.paths, **columns)
+    engine = _ray_engine(arguments)
     if arguments.watch is not None:
         from hysafe.app.watch import check_watch
         from hysafe.data.remote import is_remote
@@ -209,13 +225,31 @@ def _scan(arguments: argparse.Namespace) -> int:
                 "time to time: what is known is not encoded again."
             )
     run, taxonomy = _scanner(
-        arguments, arguments.paths, arguments.title,
+        arguments, arguments.paths, arguments.title, engine,
         fresh=arguments.fresh, retry=arguments.retry, **columns,
     )  # fmt: skip
     if arguments.watch is None:
         _print_summary(*run(), arguments.report, taxonomy)
         return 0
     return _watch(arguments, run)
+
+
+def _ray_engine(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Settings of a cluster; None for a scan in this process."""
+    given = {k: v for k in RAY_ONLY if (v := getattr(arguments, k)) is not None}
+    if arguments.engine == "local":
+        if given:
+            names = ", ".join(f"--{k}" for k in given)
+            raise ConfigError(f"{names}: of --engine ray only. Add it, or leave them out.")
+        return None
+    if arguments.watch is not None:
+        raise ConfigError("--watch: of --engine local only. Run the scan again from time to time.")
+    if given.get("actors", 1) < 1 or not 0 < given.get("timeout", 1.0) < float("inf"):
+        raise ConfigError("--actors must be at least 1 and --timeout more than 0.")
+    from hysafe.app.ray_scan import check_ray
+
+    check_ray()
+    return given
 
 
 def _watch(arguments: argparse.Namespace, run: Callable[[], tuple[ScanSummary, float]]) -> int:
@@ -245,16 +279,28 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _scanner(
-    arguments: argparse.Namespace, paths: Sequence[str], title: str, **options: Any
+    arguments: argparse.Namespace,
+    paths: Sequence[str],
+    title: str,
+    engine: dict[str, Any] | None = None,
+    **options: Any,
 ) -> tuple[Callable[[], tuple[ScanSummary, float]], Taxonomy]:
     """What scans with a command's options, as often as it is called, and gives the seconds, too;
-    the taxonomy under the policy."""
+    the taxonomy under the policy.
+
+    Args:
+        engine: settings of a cluster; None scans in this process.
+    """
     if arguments.batch < 1 or (arguments.workers is not None and arguments.workers < 0):
         raise ConfigError("--batch must be at least 1 and --workers at least 0.")
     if not 0 < arguments.decode_seconds <= LONGEST_DECODE:
         raise ConfigError(f"--decode-seconds must be more than 0 and at most {LONGEST_DECODE}.")
     if arguments.decode_memory < LEAST_MEMORY:
         raise ConfigError(f"--decode-memory must be at least {LEAST_MEMORY} (MB).")
+    if arguments.bf16 and engine is not None:
+        raise ConfigError(
+            "--bf16 is for the local engine. Leave it out, or leave out --engine ray."
+        )
     from hysafe.taxonomy import Policy, load_taxonomy
 
     # settings are checked before the model is loaded
@@ -266,7 +312,10 @@ def _scanner(
         from hysafe.app.pipeline import ScanOptions, load
         from hysafe.app.scan import scan
 
-        model = load(arguments.model, taxonomy=arguments.taxonomy)
+        model = load(
+            arguments.model, taxonomy=arguments.taxonomy, towers=engine is None,
+            bf16_text=arguments.bf16,
+        )  # fmt: skip
     if not model.calibration.fitted:
         print(
             f"hysafe: {arguments.model} is not calibrated: scores rank, they are no "
@@ -275,18 +324,23 @@ def _scanner(
         )
     warn_of_taxonomy(model, arguments.taxonomy)
     workers = arguments.workers
-    if workers is None:
-        workers = max(1, (os.cpu_count() or 2) - 1)
+    if workers is None:  # an actor of a cluster has one
+        workers = max(1, (os.cpu_count() or 2) - 1) if engine is None else 1
     how = ScanOptions(
         arguments.batch, workers, decode_seconds=arguments.decode_seconds,
         decode_memory=arguments.decode_memory << 20,
     )  # fmt: skip
+    scan_with: Callable[..., ScanSummary] = scan
+    if engine is not None:
+        from hysafe.app.ray_scan import ClusterOptions, ray_scan
+
+        scan_with, options["cluster"] = ray_scan, ClusterOptions(**engine)
 
     def run() -> tuple[ScanSummary, float]:
         start = time.perf_counter()
         with _progress() as bar:
             task = bar.add_task("judging", total=None)
-            summary = scan(
+            summary = scan_with(
                 paths, arguments.out, model, policy=policy, ocr=ocr, options=how,
                 report=arguments.report, title=title, guard=arguments.guard,
                 progress=lambda n: bar.update(task, completed=n), **options,

@@ -126,7 +126,10 @@ def test_an_allowed_category_is_paid_without_its_twin(data: GuardData) -> None:
     allowed = next(d for d in drawn if d.category is not None and d.rating == "safe")
     rewards = guard_rewards(cosine_similarity(lambda texts: torch.eye(len(texts))),
                             Thresholds(0.2, 0.8), world.model.taxonomy)  # fmt: skip
-    answers = [write_answer(a, allowed.policy) for a in (allowed.answer(""), Answer("unsafe", novel="odd things"))]
+    answers = [
+        write_answer(a, allowed.policy)
+        for a in (allowed.answer(""), Answer("unsafe", novel="odd things"))
+    ]
     columns = {k: [v, v] for k, v in allowed.columns().items()}
     right, wrong = rewards["right_rating"](["", ""], answers, **columns)
     assert right is not None
