@@ -45,6 +45,9 @@ UNSEEN = {
     "vlsbench_imgdesc": "contrast",
 }
 MOST = 2000
+# Texts that the logistic regression learns from; their features, for all sources.
+DRAWN = 8_000
+FEATURES: dict[str, np.ndarray] = {}
 # Rows labelled only "not sexist" may be hostile in other ways: not harmless.
 NOT_HARMLESS = frozenset({"edos"})
 
@@ -82,23 +85,18 @@ def main() -> None:
 def left_out(source: str, data_dir: str | None, steps: int, seed: int) -> dict[str, float]:
     """AUROC on `source` after training without it."""
     L.seed_everything(seed)
-    task = TextTowerTask(context_length=160)
+    task = TextTowerTask(context_length=128)
     data = EmbedData(
-        data_dir, pictures=False, rendered=8, image_batch=1, text_batch=64, joined=2000, seed=seed,
+        data_dir, pictures=False, rendered=steps, image_batch=1, text_batch=64, joined=2000, seed=seed,
         text_sets=[s for s in permissive_sets() if s != source],
     )  # fmt: skip
     risky, harmless = texts_of(source, data_dir)
     texts = risky + harmless
     data.setup()
-    drawn = torch.multinomial(
-        data.draw_weights, 12_000, True, generator=torch.Generator().manual_seed(seed)
-    )
-    samples = [data.train_texts.samples[i] for i in drawn.tolist()]
-    samples = [s for s in samples if s.safe is not None]
+    known, labels = _frozen(task, data, seed)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        known = task.encoder.text_features([str(s.text) for s in samples]).numpy()
         asked = task.encoder.text_features(texts).numpy()
-    regression = LogisticRegression(max_iter=2000).fit(known, [not s.safe for s in samples])
+    regression = LogisticRegression(max_iter=2000).fit(known, labels)
     baseline = torch.from_numpy(regression.decision_function(asked))
     trainer = L.Trainer(
         max_steps=steps, precision="bf16-mixed", accelerator="auto", gradient_clip_val=1.0,
@@ -116,6 +114,20 @@ def left_out(source: str, data_dir: str | None, steps: int, seed: int) -> dict[s
         "auroc": _auroc(evidence, len(risky)),
         "logistic": _auroc(baseline, len(risky)),
     }
+
+
+def _frozen(task: TextTowerTask, data: EmbedData, seed: int) -> tuple[np.ndarray, list[bool]]:
+    """Features of frozen MiniLM [n, E] and labels of a draw of training texts; a text is encoded once
+    for all sources."""
+    drawn = torch.multinomial(
+        data.draw_weights, DRAWN, True, generator=torch.Generator().manual_seed(seed)
+    )
+    samples = [data.train_texts.samples[i] for i in drawn.tolist()]
+    samples = [s for s in samples if s.safe is not None]
+    new = list({str(s.text) for s in samples} - FEATURES.keys())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        FEATURES.update(zip(new, task.encoder.text_features(new).numpy(), strict=True))
+    return np.stack([FEATURES[str(s.text)] for s in samples]), [not s.safe for s in samples]
 
 
 def unseen(model_name: str, data_dir: str | None) -> None:
