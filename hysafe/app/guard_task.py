@@ -12,12 +12,11 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from hysafe.app.guard_data import Draw, GuardData, GuardWorld
-from hysafe.app.training import CHECKPOINT_MINUTES, RunConfig, RunRecord, _minutes
+from hysafe.app.training import RunConfig, StagesCLI, trainer_defaults
 from hysafe.errors import ConfigError
 from hysafe.guard.algorithms import (
     DPO,
@@ -437,32 +436,16 @@ class ExportGuard(Callback):
             log.info("guard written to %s", target)
 
 
-class GuardCLI(LightningCLI):
-    """``fit`` with earlier stages run first, checkpoints, a run record and an export."""
+class GuardCLI(StagesCLI):
+    """Trains guards; every stage has the same encoder, data and hidden categories."""
 
-    def add_arguments_to_parser(self, parser: Any) -> None:
-        parser.set_defaults({"trainer.enable_checkpointing": True})
-        parser.add_argument(
-            "--before",
-            type=dict[str, str],
-            default={},
-            help="config of each earlier stage and its export; run first unless that exists",
-        )
-
-    def before_instantiate_classes(self) -> None:
-        settings = self.config[self.subcommand] if self.subcommand else self.config
-        for config, needed in settings.before.items():
-            if (Path(needed) / "model.safetensors").is_file():
-                log.info("%s is there: %s is not run again", needed, config)
-                continue
-            log.info("first %s, which makes %s", config, needed)
-            given = [
-                f"--data.{k}={v}"
-                for k in ("encoder", "data_dir", "hidden")
-                if (v := getattr(settings.data, k, None)) is not None
-            ]
-            guard_main(["fit", "--config", config, *given])
-        self._set_seed()
+    def run_stage(self, config: str, settings: Any) -> None:
+        given = [
+            f"--data.{k}={v}"
+            for k in ("encoder", "data_dir", "hidden")
+            if (v := getattr(settings.data, k, None)) is not None
+        ]
+        guard_main(["fit", "--config", config, *given])
 
 
 def guard_main(args: list[str] | None = None) -> None:
@@ -480,17 +463,6 @@ def guard_main(args: list[str] | None = None) -> None:
         subclass_mode_model=True,
         save_config_callback=RunConfig,
         seed_everything_default=0,
-        trainer_defaults={
-            "callbacks": [
-                ModelCheckpoint(
-                    save_last=True,
-                    save_top_k=0,
-                    train_time_interval=_minutes(CHECKPOINT_MINUTES),
-                ),
-                RunRecord(),
-                ExportGuard(),
-            ],
-            "num_sanity_val_steps": 0,
-        },
+        trainer_defaults=trainer_defaults(ExportGuard()),
         args=args,
     )

@@ -7,6 +7,7 @@ import logging
 import platform
 import subprocess
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from hysafe.app.image_task import ImageTowerTask  # noqa: F401 - subclasses by n
 from hysafe.app.tasks import EncoderTask, PresetTask, TaxonomyTask  # noqa: F401
 from hysafe.app.text_task import TextTowerTask  # noqa: F401
 
-__all__ = ["ExportModel", "RunRecord", "embed_main"]
+__all__ = [
+    *("ExportModel", "RunConfig", "RunRecord", "StagesCLI"),
+    *("embed_main", "trainer_defaults"),
+]
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +67,8 @@ class RunConfig(SaveConfigCallback):
         super().__init__(*args, **{**kwargs, "overwrite": True})
 
 
-class EmbedCLI(LightningCLI):
-    """``fit`` with checkpoints every few minutes, a run record and an export."""
+class StagesCLI(LightningCLI):
+    """``fit`` that first runs the stages which its configuration starts from."""
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         parser.set_defaults({"trainer.enable_checkpointing": True})
@@ -83,12 +87,31 @@ class EmbedCLI(LightningCLI):
                 log.info("%s is there: %s is not run again", needed, config)
                 continue
             log.info("first %s, which makes %s", config, needed)
-            embed_main(["fit", "--config", config])
+            self.run_stage(config, settings)
         self._set_seed()
+
+    def run_stage(self, config: str, settings: Any) -> None:
+        """Run one earlier stage, with what it shares with `settings`, the later one's."""
+        raise NotImplementedError
+
+
+class EmbedCLI(StagesCLI):
+    """Trains towers, heads and cones."""
+
+    def run_stage(self, config: str, settings: Any) -> None:
+        embed_main(["fit", "--config", config])
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         kwargs.setdefault("callbacks", [])
         return super().instantiate_trainer(**kwargs)
+
+
+def trainer_defaults(export: Callback) -> dict[str, Any]:
+    """Checkpoints every few minutes, a run record and what writes the model at the end."""
+    checkpoint = ModelCheckpoint(
+        save_last=True, save_top_k=0, train_time_interval=timedelta(minutes=CHECKPOINT_MINUTES)
+    )
+    return {"callbacks": [checkpoint, RunRecord(), export], "num_sanity_val_steps": 0}
 
 
 def embed_main(args: list[str] | None = None) -> None:
@@ -108,26 +131,9 @@ def embed_main(args: list[str] | None = None) -> None:
         subclass_mode_data=True,
         save_config_callback=RunConfig,
         seed_everything_default=0,
-        trainer_defaults={
-            "callbacks": [
-                ModelCheckpoint(
-                    save_last=True,
-                    save_top_k=0,
-                    train_time_interval=_minutes(CHECKPOINT_MINUTES),
-                ),
-                RunRecord(),
-                ExportModel(),
-            ],
-            "num_sanity_val_steps": 0,
-        },
+        trainer_defaults=trainer_defaults(ExportModel()),
         args=args,
     )
-
-
-def _minutes(n: int) -> Any:
-    from datetime import timedelta
-
-    return timedelta(minutes=n)
 
 
 def _commit() -> str:

@@ -266,3 +266,19 @@ def test_the_bundled_guard(tmp_path: Path) -> None:
     named = namer.name(vectors, ["text", "text"], texts, model.view())
     assert all(n is not None and 1 < len(n.name.split()) <= 6 for n in named)
     assert named == namer.name(vectors, ["text", "text"], texts, model.view())
+
+
+def test_earlier_stages_share_the_data_of_the_last(tmp_path: Path) -> None:
+    """A guard of all categories is not warmed up without the hidden ones, and the reverse."""
+    first = settings("tiny", tmp_path / "words", {}, tmp_path / "words.yaml")
+    changes = {"init_from": str(tmp_path / "words/model")}
+    last = Path(settings("tiny", tmp_path / "sft", changes, tmp_path / "sft.yaml"))
+    config = yaml.safe_load(last.read_text())
+    config["before"] = {first: str(tmp_path / "words/model")}
+    config["data"] = {**SMALL, "hidden": False}
+    last.write_text(yaml.safe_dump(config))
+    guard_main(["fit", "--config", str(last)])
+    for stage in ("words", "sft"):
+        read = yaml.safe_load((tmp_path / stage / "config.yaml").read_text())
+        assert read["data"]["hidden"] is False, stage
+        assert (tmp_path / stage / "model/model.safetensors").is_file()
