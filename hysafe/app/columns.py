@@ -385,7 +385,7 @@ class ColumnJudge:
         found: Verdicts,
         names: Mapping[int, Mapping[str, Any]] = MappingProxyType({}),
     ) -> memoryview:
-        """Lines of ``results.jsonl``, as bytes: those of :func:`hysafe.app.scan.result_line`.
+        """Lines of ``results.jsonl``, as bytes: those of :func:`hysafe.app.output.result_line`.
 
         Args:
             names: row -> what a guard said of the item, ``name`` and ``rationale``.

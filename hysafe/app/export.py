@@ -14,7 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, get_args
 
-from hysafe.app.scan import RESULTS
+from hysafe.app.output import RESULTS
 from hysafe.data.files import is_address
 from hysafe.data.remote import check_scheme, uploading
 from hysafe.errors import CollectionError, InputError

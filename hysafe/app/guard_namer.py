@@ -12,6 +12,7 @@ import numpy as np
 
 from hysafe.app.discover import novel_places
 from hysafe.app.guard_data import evidence_of
+from hysafe.app.output import SAID
 from hysafe.app.pipeline import SafetyModel
 from hysafe.app.report import NOVEL_AT
 from hysafe.errors import ConfigError
@@ -180,12 +181,20 @@ def name_novel(
     return found
 
 
+def _said(path: Path) -> bool:
+    """Whether a guard has said something in a results.jsonl."""
+    with path.open("rb") as lines:
+        return any(SAID in line for line in lines)
+
+
 def write_names(path: Path, names: Mapping[str, Naming]) -> int:
     """Put names into the lines of a results.jsonl; what stood there before is replaced.
 
     Returns:
         Lines that have a name now.
     """
+    if not names and not _said(path):
+        return 0  # a long file is not written again for nothing
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     count = 0
     try:

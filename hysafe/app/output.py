@@ -26,12 +26,14 @@ from hysafe.index import Collection, CollectionMeta, CollectionWriter
 from hysafe.index.collection import TABLE, drop_table, mend_table, sync_table
 from hysafe.types import Item, NoveltyScores, Result
 
-__all__ = ["RESULTS", "Feed", "Output", "State", "result_line", "writing"]
+__all__ = ["RESULTS", "SAID", "Feed", "Output", "State", "result_line", "writing"]
 
 RESULTS = "results.jsonl"
 NEXT, NEXT_RESULTS = "next", "next.jsonl"
 STATE = ".scan.json"
 LINES = {TABLE: RESULTS, NEXT: NEXT_RESULTS}
+# In a line of results.jsonl where a guard was asked; in a text the quotation marks are escaped.
+SAID = b'"rationale": '
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # The engine gives words only.

@@ -37,8 +37,8 @@ from hysafe.taxonomy.policy import Example
 from hysafe.types import ErrorRecord, Hashes, Item, NodeScore, NoveltyScores, Rating, Result
 
 __all__ = [
-    *("Channel", "Judgement", "SafetyModel", "ScanOptions", "Scored", "load", "rounded"),
-    "text_pictures",
+    *("Channel", "Judgement", "SafetyModel", "ScanOptions", "Scored"),
+    *("ahead", "load", "rounded", "text_pictures"),
 ]
 
 # A node is listed for an item from this score on.
@@ -468,7 +468,7 @@ class SafetyModel:
             encoders = min(options.encoders, torch.get_num_threads())
             if self.encoder.device.type != "cpu":
                 encoders = min(encoders, 1)
-            yield from _ahead(lambda batch: self._judge_batch(batch, view), batches, encoders)
+            yield from ahead(lambda batch: self._judge_batch(batch, view), batches, encoders)
 
     def _judge_batch(self, batch: _Batch, view: PolicyView) -> list[Judgement]:
         judged = self.judge_encoded(
@@ -823,7 +823,7 @@ def _buckets(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
         yield bucket
 
 
-def _ahead(work: Callable[[Given], Made], given: Iterable[Given], at_once: int) -> Iterator[Made]:
+def ahead(work: Callable[[Given], Made], given: Iterable[Given], at_once: int) -> Iterator[Made]:
     """Work on each in turn, on so many at once, which share torch's threads.
 
     Several at once keep the cores busy where the threads of one would wait for each other, and for

@@ -40,6 +40,7 @@ from hysafe.app.scan import (
     ScanSummary,
     Shown,
     collection_meta,
+    name_results,
     report_scan,
     result_of_line,
 )
@@ -188,12 +189,7 @@ def ray_scan(
         with writing(out):
             _commit(out, meta, shards, pieces, summary, picked)
         shards.sweep()
-        if namer is not None:
-            from hysafe.app.guard_namer import name_novel, write_names
-
-            names = name_novel(Collection.open(out), model, view, namer)
-            with writing(out):
-                summary.named = write_names(out / RESULTS, names)
+        summary.named = name_results(out, model, view, namer)
         with writing(out):
             _report(out, model, view, picked, title)
     return summary

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_left
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,10 +21,10 @@ import torch
 from hysafe.app.columns import RATINGS, ColumnJudge, Verdicts
 from hysafe.app.gallery import Card, card_of, write_gallery
 from hysafe.app.lock import lock
-from hysafe.app.pipeline import SafetyModel
+from hysafe.app.output import RESULTS, SAID
+from hysafe.app.pipeline import SafetyModel, ahead
 from hysafe.app.scan import (
     REPORT,
-    RESULTS,
     ScanSummary,
     Shown,
     collection_meta,
@@ -48,11 +47,8 @@ __all__ = [
 EXAMPLES = 60
 # Items judged at once: their points and scores for 300 nodes take 20 MB, a batch in each thread.
 BATCH = 8192
-# In a line of results.jsonl where a guard was asked; in a text the quotation marks are escaped.
-SAID = b'"rationale": '
+# Row -> what a guard said of it.
 Names = Mapping[int, Mapping[str, Any]]
-Given = TypeVar("Given")
-Made = TypeVar("Made")
 RATING_NAMES = pa.array(RATINGS, pa.string())
 
 
@@ -248,7 +244,9 @@ def _rescore(
 
         def judged() -> Iterator[pa.RecordBatch]:
             batches = collection.batches([*ENCODED, "rating", "node"], size=BATCH)
-            for batch, found, rows, said, told in _ahead(work, _numbered(batches)):
+            for batch, found, rows, said, told in ahead(
+                work, _numbered(batches), torch.get_num_threads()
+            ):
                 lines.write(told)
                 wanted = summary.diff.add(
                     batch["rating"], rows["rating"], batch["node"], rows["node"]
@@ -330,24 +328,6 @@ def _report(
         seen = media.get(item.id)
         whole.add(result, item.text or item.read_text, seen.image if seen else None)
     report_scan(target, model, view, whole, "")
-
-
-def _ahead(work: Callable[[Given], Made], given: Iterable[Given]) -> Iterator[Made]:
-    """Work on each in turn, on as many at once as torch would take threads for one."""
-    threads = torch.get_num_threads()
-    waiting: deque[Future[Made]] = deque()
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            for one in given:
-                waiting.append(pool.submit(work, one))
-                if len(waiting) > threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-            torch.set_num_threads(threads)
 
 
 def _count(summary: ScanSummary, found: Verdicts, rows: pa.RecordBatch) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from hysafe.app.known import KEY_DIGITS, Known, Stored
 from hysafe.app.lock import lock
-from hysafe.app.output import RESULTS, Feed, Output, result_line, writing
+from hysafe.app.output import RESULTS, Feed, Output, writing
 from hysafe.app.pipeline import Judgement, SafetyModel, ScanOptions
 from hysafe.app.report import ReportData, write_report
 from hysafe.data.images import thumbnail
@@ -32,9 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("REPORT", "ScanSummary", "Shown", "add", "collection_meta", "report_scan", "scan"),
-    "RESULTS",
-    "result_line",
-    "result_of_line",
+    *("name_results", "result_of_line"),
 ]
 
 REPORT = "report.html"
@@ -171,13 +169,7 @@ def scan(
         finally:
             output.close()
         summary.skipped = reader.skipped
-        if namer is not None:
-            summary.named = _name(out, model, view, namer)
-        elif summary.known:  # an earlier scan's guard may have given names
-            from hysafe.app.guard_namer import write_names
-
-            with writing(out):
-                write_names(out / RESULTS, {})
+        summary.named = name_results(out, model, view, namer)
         if report:
             with writing(out):
                 report_scan(out, model, view, shown, title)
@@ -194,11 +186,12 @@ def _guard(name: str | None, model: SafetyModel) -> GuardNamer | None:
     return load_guard(name, model)
 
 
-def _name(out: Path, model: SafetyModel, view: PolicyView, namer: GuardNamer) -> int:
-    """Names for the novel items in `out`; how many got one."""
+def name_results(out: Path, model: SafetyModel, view: PolicyView, namer: GuardNamer | None) -> int:
+    """Names for the novel items in `out`, in place of those of an earlier scan's guard; how many got
+    one. Without a namer there are none."""
     from hysafe.app.guard_namer import name_novel, write_names
 
-    names = name_novel(Collection.open(out), model, view, namer)
+    names = {} if namer is None else name_novel(Collection.open(out), model, view, namer)
     with writing(out):
         return write_names(out / RESULTS, names)
 

@@ -15,8 +15,9 @@ __all__ = ["answers_of", "chosen_names", "names_of", "novelty_of"]
 
 # Prompts at once.
 ROWS = 64
-# Weight of a phrase's cosine beside the guard's log-probability of it; see docs/results.md.
-NEARNESS = 20.0
+# Weight of a phrase's agreement beside the guard's log-probability of it: on validation items whose
+# category is hidden, 20 and more are alike, 0 and 10 are worse.
+AGREEMENT = 20.0
 
 
 def answers_of(
@@ -85,13 +86,14 @@ def chosen_names(
     policies: Sequence[PromptPolicy],
     space: PolicySpace,
     *,
-    nearness: float = NEARNESS,
+    agreement: float = AGREEMENT,
 ) -> list[str]:
-    """The phrase of each prompt that the guard and the geometry like best together; "" where there
-    is none to point at.
+    """The phrase of each prompt that the guard and the phrases near to the item like best together;
+    "" where there is none to point at.
 
     Args:
-        nearness: weight of the phrase's cosine beside the guard's log-probability.
+        agreement: weight of the phrase's agreement (``Evidence.phrase_scores``) beside the guard's
+            log-probability.
     """
     found: list[str] = []
     for start in range(0, len(items), ROWS):
@@ -102,9 +104,9 @@ def chosen_names(
             if not phrases or item.phrase_scores is None:
                 found.append("")
                 continue
-            near = dict(zip(item.phrases, item.phrase_scores, strict=True))
+            scores = dict(zip(item.phrases, item.phrase_scores, strict=True))
             both = [
-                float(p) + nearness * float(near[n]) for n, p in zip(phrases, row, strict=False)
+                float(p) + agreement * float(scores[n]) for n, p in zip(phrases, row, strict=False)
             ]
             found.append(phrases[int(np.argmax(both))])
     return found

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from hysafe.app import columns, pipeline
 from hysafe.app.columns import ColumnJudge, _numbers, _quoted, _riskiest
+from hysafe.app.output import result_line
 from hysafe.app.pipeline import DIGITS, SafetyModel, rounded
 from hysafe.app.rescore import Diff
-from hysafe.app.scan import collection_meta, result_line
+from hysafe.app.scan import collection_meta
 from hysafe.app.stored import judge_items
 from hysafe.index import Collection, CollectionWriter, EncodedItem
 from hysafe.index.collection import ENCODED, decode_rows, encode_rows, point_columns

@@ -15,18 +15,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from hysafe.app.output import result_line
 from hysafe.app.pipeline import (
     BATCH_BYTES,
     TEXTS_PER_PICTURE,
     SafetyModel,
     ScanOptions,
-    _ahead,
     _batches,
     _buckets,
     _Seen,
+    ahead,
     load,
 )
-from hysafe.app.scan import result_line, scan
+from hysafe.app.scan import scan
 from hysafe.data.images import content_hash
 from hysafe.index import Collection
 from hysafe.score.calibration import Calibration, ModalityCalibration
@@ -181,7 +182,7 @@ def test_work_ahead_comes_back_in_order_and_is_bounded() -> None:
         gone.set()
         return -number
 
-    for done, result in enumerate(_ahead(work, given_out(), 2), start=1):
+    for done, result in enumerate(ahead(work, given_out(), 2), start=1):
         assert result == -done
         assert begun <= done + 2
     assert begun == 20
