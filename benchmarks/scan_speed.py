@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,6 @@ def main() -> None:
     parser.add_argument("--kind", choices=("pictures", "text"), default="pictures")
     parser.add_argument("--items", type=int, default=2000)
     parser.add_argument("--side", type=int, default=0, help="enlarge the pictures to this side")
-    parser.add_argument("--mosaic", action="store_true", help="fill them with small ones instead")
     parser.add_argument("--model", default="mini")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--batch", type=int, default=64)
@@ -188,6 +187,18 @@ def text(a: argparse.Namespace, folder: Path, source: Path) -> None:
             f"{name} / scan: {best[name].wall / scan.wall:.2f}, in processor time "
             f"{best[name].total / scan.total:.2f}"
         )
+    if a.bf16:
+        show_changes(model.moderate(texts=lines), load(a.model).moderate(texts=lines))
+
+
+def show_changes(found: Sequence[Any], exact: Sequence[Any]) -> None:
+    """What bfloat16 does to the verdicts."""
+    moved = [abs((x.p_unsafe or 0.0) - (y.p_unsafe or 0.0)) for x, y in zip(found, exact, strict=True)]
+    other = sum(x.rating != y.rating for x, y in zip(found, exact, strict=True))
+    print(
+        f"bfloat16 changed {other} of {len(exact)} ratings; p_unsafe by {sum(moved) / len(moved):.4f} "
+        f"on average, {max(moved):.3f} at most"
+    )
 
 
 # ---------------------------------------------------------------- memory
@@ -313,7 +324,7 @@ def write_items(target: Path, data: Path, count: int, a: argparse.Namespace) -> 
     if a.kind == "text":
         target.write_text("".join(f"{line}\n" for line in islice(lines_of(data), count)), "utf-8")
     else:
-        write_pictures(target, data, count, a.side, mosaic=a.mosaic)
+        write_pictures(target, data, count, a.side)
 
 
 def lines_of(data: Path) -> Iterator[str]:
@@ -333,10 +344,8 @@ def lines_of(data: Path) -> Iterator[str]:
                 yield line
 
 
-def write_pictures(
-    folder: Path, data: Path, count: int, side: int, *, mosaic: bool = False
-) -> None:
-    """JPEGs, each of other content: the small pictures as they are, enlarged, or many in one."""
+def write_pictures(folder: Path, data: Path, count: int, side: int) -> None:
+    """JPEGs, each of other content: the small pictures as they are, or enlarged."""
     from hysafe.data.sources import image_bytes, load_rows
 
     folder.mkdir(exist_ok=True)
@@ -350,28 +359,13 @@ def write_pictures(
             first = folder / f"{i % len(small):06d}.jpg"
             path.write_bytes(first.read_bytes() + b"%d" % i)
         elif side:
-            path.write_bytes(mosaic_of(small, i, side) if mosaic else enlarged(small[i], side))
+            path.write_bytes(enlarged(small[i], side))
         else:
             path.write_bytes(small[i])
 
 
 def enlarged(content: bytes, side: int) -> bytes:
     picture = Image.open(io.BytesIO(content)).convert("RGB").resize((side, side))
-    return encoded(picture)
-
-
-def mosaic_of(small: list[bytes], first: int, side: int) -> bytes:
-    """A square of pictures side by side: as much detail as a photograph has."""
-    picture = Image.new("RGB", (side, side))
-    tile = Image.open(io.BytesIO(small[0])).width
-    places = [(x, y) for y in range(0, side, tile) for x in range(0, side, tile)]
-    for k, place in enumerate(places):
-        content = small[(first * 7 + k) % len(small)]
-        picture.paste(Image.open(io.BytesIO(content)).convert("RGB"), place)
-    return encoded(picture)
-
-
-def encoded(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
