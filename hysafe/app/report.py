@@ -4,6 +4,9 @@ Names, texts and pictures of a collection are hostile input. They never become m
 in a JSON block in which every ``<`` is escaped, the page's script makes text nodes and nothing
 else, and a content security policy allows this script, this style sheet and ``data:`` pictures.
 The page loads nothing. Numbers, words and positions are made here; the script draws and filters.
+
+A collection may be larger than the memory: its rows are gone through once, and some ten bytes are kept
+of each; only rows that the page shows are asked for again.
 """
 
 from __future__ import annotations
@@ -13,13 +16,14 @@ import hashlib
 import html
 import json
 import math
+from array import array
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -28,7 +32,10 @@ from hysafe.errors import ConfigError, ShapeError
 from hysafe.geometry import get_space, lorentz
 from hysafe.taxonomy import Taxonomy
 
-__all__ = ["DiskLayout", "ReportData", "disk_layout", "nearest_items", "write_report"]
+__all__ = [
+    *("DiskLayout", "ReportData", "Results", "Tangents"),
+    *("disk_layout", "nearest_items", "write_report"),
+]
 
 RATINGS = ("unsafe", "review", "safe")
 CHANNELS = {"image": "the picture", "text": "the text", "ocr": "the text read in the picture"}
@@ -54,12 +61,40 @@ RING_RADII = tuple(n * 10.0**k for k in range(-2, 4) for n in (1, 2, 3, 5))
 RING_APART = 0.12
 
 
+class Tangents(Protocol):
+    """Tangent vectors at the origin [n, D] that need not be in memory, NaN without a point."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, D)."""
+        ...
+
+    def blocks(self, size: int) -> Iterator[np.ndarray]:
+        """All rows in order, at most `size` [b, D] at a time."""
+        ...
+
+    def take(self, rows: Sequence[int]) -> np.ndarray:
+        """Some rows [len(rows), D], in the order asked for."""
+        ...
+
+
+class Results(Protocol):
+    """Rows of ``results.jsonl`` that need not be in memory."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[dict[str, Any]]: ...
+
+    def __getitem__(self, row: int, /) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True)
 class ReportData:
     """All that a report shows.
 
     Args:
-        results: rows of ``results.jsonl``, see :meth:`hysafe.types.Result.to_dict`.
+        results: rows of ``results.jsonl``, see :meth:`hysafe.types.Result.to_dict`; gone through
+            once, and those shown asked for by their place.
         texts: item id -> text shown (may be shortened).
         thumbnails: item id -> small JPEG.
         tangents: tangent vectors at the origin [n, D], rows as in `results`, NaN without a point.
@@ -70,10 +105,10 @@ class ReportData:
         decisions: item id -> what a person decided on it, in words.
     """
 
-    results: Sequence[dict[str, Any]]
+    results: Results
     texts: Mapping[str, str]
     thumbnails: Mapping[str, bytes]
-    tangents: np.ndarray
+    tangents: np.ndarray | Tangents
     node_ids: Sequence[str]
     node_tangents: np.ndarray
     c: float
@@ -97,10 +132,12 @@ def write_report(path: Path, data: ReportData, *, max_items: int = 3000) -> None
             geometry is unknown. OSError: the file cannot be written.
     """
     _check(data, max_items)
-    payload = _payload(data, max_items)
+    nodes = _Nodes(data.taxonomy)
+    totals = _Totals(data, nodes)
+    payload = _payload(data, totals, nodes, max_items)
     partial = path.with_name(path.name + ".part")
     # a name may hold half a surrogate pair (undecodable file names): "?" in the page
-    partial.write_bytes(_page(data, payload).encode("utf-8", "replace"))
+    partial.write_bytes(_page(data, totals, payload).encode("utf-8", "replace"))
     partial.replace(path)
 
 
@@ -162,8 +199,26 @@ def disk_layout(
     )
 
 
+class _InMemory:
+    """An array as :class:`Tangents`."""
+
+    def __init__(self, vectors: np.ndarray) -> None:
+        self._vectors, self.shape = vectors, vectors.shape
+
+    def blocks(self, size: int) -> Iterator[np.ndarray]:
+        for start in range(0, len(self._vectors), size):
+            yield self._vectors[start : start + size]
+
+    def take(self, rows: Sequence[int]) -> np.ndarray:
+        return self._vectors[np.asarray(rows, dtype=np.int64)]
+
+
+def _readable(tangents: np.ndarray | Tangents) -> Tangents:
+    return _InMemory(tangents) if isinstance(tangents, np.ndarray) else tangents
+
+
 def nearest_items(
-    tangents: np.ndarray,
+    tangents: np.ndarray | Tangents,
     rows: Iterable[int],
     *,
     c: float,
@@ -177,62 +232,94 @@ def nearest_items(
         rows: rows asked for.
 
     Returns:
-        A list of at most `count` per row that has a point. Equal points are found by their bytes,
-        so that a collection of copies costs nothing.
+        A list of at most `count` per row that has a point; of items at one distance the earlier.
     """
-    tangents = np.ascontiguousarray(tangents, dtype=np.float32)
-    groups: dict[bytes, list[int]] = {}
-    for row in np.flatnonzero(np.isfinite(tangents).all(axis=1)).tolist():
-        groups.setdefault(tangents[row].tobytes(), []).append(row)
-    members = list(groups.values())
-    group_of = {row: g for g, same in enumerate(members) for row in same}
-    wanted = [row for row in rows if row in group_of]
-    if not wanted:
+    source = _readable(tangents)
+    asked = np.fromiter(dict.fromkeys(rows), np.int64)
+    own = np.ascontiguousarray(source.take(asked.tolist()), dtype=np.float32)
+    own = own.reshape(len(asked), source.shape[1])
+    known = np.isfinite(own).all(axis=1)
+    asked, own = asked[known], own[known]
+    if not len(asked):
         return {}
-    points = get_space(geometry).exp_map0(torch.from_numpy(tangents[[m[0] for m in members]]), c)
-    near = _nearest_points(points, sorted({group_of[row] for row in wanted}), c, geometry, count)
-    result = {}
-    for row in wanted:
-        own = group_of[row]
-        candidates = [(other, 0.0) for other in members[own][: count + 1] if other != row]
-        for group, distance in near[own]:
-            candidates += [(other, distance) for other in members[group][:count]]
-        result[row] = candidates[:count]
-    return result
-
-
-def _nearest_points(
-    points: torch.Tensor, queries: Sequence[int], c: float, geometry: str, count: int
-) -> dict[int, list[tuple[int, float]]]:
-    """Nearest other points of each query index; a shortlist by products, then exact distances."""
     space = get_space(geometry)
+    queries = space.exp_map0(torch.from_numpy(own), c)
+    near = _Nearest(queries, torch.from_numpy(asked), c, geometry, max(SHORTLIST, count + 1))
+    place = 0
+    for block in source.blocks(POINT_BLOCK):
+        block = np.ascontiguousarray(block, dtype=np.float32)
+        kept = _few_of_each(block, count + 1)
+        near.add(torch.from_numpy(block[kept]), torch.from_numpy(kept + place))
+        place += len(block)
+    return near.found(count)
 
-    def rank(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # smaller is nearer
-        if geometry == "lorentz":
-            return -lorentz.pairwise_inner(x, y, c)  # cosh of the distance, one product
-        return space.pairwise_dist(x, y, c)
 
-    near: dict[int, list[tuple[int, float]]] = {}
-    for start in range(0, len(queries), QUERY_BLOCK):
-        block = torch.tensor(queries[start : start + QUERY_BLOCK])
-        best, index = torch.empty(len(block), 0), torch.empty(len(block), 0, dtype=torch.long)
-        for low in range(0, len(points), POINT_BLOCK):
-            other = points[low : low + POINT_BLOCK]
-            score = rank(points[block], other).nan_to_num(nan=torch.inf)
-            score[block[:, None] == torch.arange(low, low + len(other))] = torch.inf  # itself
-            size = min(SHORTLIST, len(other))
-            score, column = score.topk(size, largest=False)
-            best, index = torch.cat((best, score), 1), torch.cat((index, column + low), 1)
-        best, order = best.topk(min(SHORTLIST, best.shape[1]), largest=False)
-        index = index.gather(1, order)  # [queries, shortlist]
-        distance = space.dist(points[block][:, None], points[index], c)
-        distance = torch.where(torch.isfinite(best), distance, torch.inf)
-        distance, order = distance.sort(stable=True)
-        index = index.gather(1, order)
-        for row, query in enumerate(block.tolist()):
-            pairs = zip(index[row].tolist(), distance[row].tolist(), strict=True)
-            near[query] = [(i, d) for i, d in pairs if math.isfinite(d)][:count]
-    return near
+def _few_of_each(vectors: np.ndarray, most: int) -> np.ndarray:
+    """Places of the rows [n, D] that are finite, equal ones `most` times: more copies of a point
+    than neighbours wanted can be nobody's neighbours."""
+    seen: Counter[bytes] = Counter()
+    kept = []
+    for place in np.flatnonzero(np.isfinite(vectors).all(axis=1)).tolist():
+        point = vectors[place].tobytes()
+        seen[point] += 1
+        if seen[point] <= most:
+            kept.append(place)
+    return np.array(kept, dtype=np.int64)
+
+
+class _Nearest:
+    """A shortlist by products for each query point, block by block; then exact distances.
+
+    Args:
+        points: queries [Q, D], and their rows [Q]. size: of the shortlist.
+    """
+
+    def __init__(
+        self, points: torch.Tensor, rows: torch.Tensor, c: float, geometry: str, size: int
+    ) -> None:
+        self._points, self._rows, self._c, self._size = points, rows, c, size
+        self._space, self._flat = get_space(geometry), geometry != "lorentz"
+        self._score = torch.empty(len(points), 0)
+        self._row = torch.empty(len(points), 0, dtype=torch.long)
+        self._near = torch.empty(len(points), 0, points.shape[1])
+
+    def add(self, tangents: torch.Tensor, rows: torch.Tensor) -> None:
+        """Take tangent vectors [b, D] of these rows [b] into account."""
+        if not len(rows):
+            return
+        others = self._space.exp_map0(tangents, self._c)
+        parts = []
+        for start in range(0, len(self._points), QUERY_BLOCK):
+            part = slice(start, start + QUERY_BLOCK)
+            score = self._rank(self._points[part], others).nan_to_num(nan=torch.inf)
+            score[self._rows[part, None] == rows] = torch.inf  # itself
+            score, column = score.topk(min(self._size, len(rows)), largest=False)
+            parts.append((score, column))
+        score, column = (torch.cat(p) for p in zip(*parts, strict=True))
+        score = torch.cat((self._score, score), 1)
+        row = torch.cat((self._row, rows[column]), 1)
+        near = torch.cat((self._near, others[column]), 1)
+        order = score.argsort(dim=1, stable=True)[:, : self._size]
+        self._score, self._row = score.gather(1, order), row.gather(1, order)
+        self._near = near.gather(1, order[:, :, None].expand(-1, -1, near.shape[2]))
+
+    def _rank(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # smaller is nearer
+        if self._flat:
+            return self._space.pairwise_dist(x, y, self._c)
+        return -lorentz.pairwise_inner(x, y, self._c)  # cosh of the distance, one product
+
+    def found(self, count: int) -> dict[int, list[tuple[int, float]]]:
+        """The nearest of each query, by exact distances."""
+        distance = self._space.dist(self._points[:, None], self._near, self._c)
+        distance[(self._points[:, None] == self._near).all(-1)] = 0.0
+        distance = torch.where(torch.isfinite(self._score), distance, torch.inf)
+        found = {}
+        for query, rows, far in zip(
+            self._rows.tolist(), self._row.tolist(), distance.tolist(), strict=True
+        ):
+            pairs = sorted((d, r) for r, d in zip(rows, far, strict=True) if math.isfinite(d))
+            found[query] = [(r, d) for d, r in pairs[:count]]
+        return found
 
 
 def _norms(vectors: np.ndarray) -> np.ndarray:
@@ -338,13 +425,13 @@ def _check(data: ReportData, max_items: int) -> None:
     if max_items < 1:
         raise ConfigError(f"max_items: got {max_items}, wanted at least 1.")
     get_space(data.geometry)
-    for name, array, count in (
+    for name, given, count in (
         ("tangents", data.tangents, len(data.results)),
         ("node_tangents", data.node_tangents, len(data.node_ids)),
     ):
-        if array.ndim != 2 or array.shape[0] != count:
+        if len(given.shape) != 2 or given.shape[0] != count:
             raise ShapeError(
-                f"ReportData.{name} expected [{count}, D], got {array.shape}. Give one row per "
+                f"ReportData.{name} expected [{count}, D], got {given.shape}. Give one row per "
                 "entry, NaN where there is no point."
             )
     if data.tangents.shape[1] != data.node_tangents.shape[1]:
@@ -354,16 +441,76 @@ def _check(data: ReportData, max_items: int) -> None:
         )
 
 
-def _payload(data: ReportData, max_items: int) -> dict[str, Any]:
+class _Totals:
+    """What the page says of all rows, and a few bytes of each."""
+
+    def __init__(self, data: ReportData, nodes: _Nodes) -> None:
+        self.counts = np.zeros((len(nodes.nodes), len(RATINGS)), dtype=int)
+        self.unplaced = [0] * len(RATINGS)
+        self.kinds: Counter[str] = Counter()
+        self.failures: Counter[str] = Counter()
+        self.errors: list[list[str]] = []
+        self.hashes: dict[str, dict[str, None]] = {k: {} for k in ("model", "taxonomy", "policy")}
+        ratings, groups, risks = array("b"), array("b"), array("f")
+        for row in data.results:
+            rating = RATINGS.index(row["rating"])
+            ratings.append(rating)
+            groups.append(_group(row))
+            risks.append(_number(row["p_unsafe"]) or 0.0)
+            applies = nodes.of_row(row)
+            self.counts[applies, rating] += 1
+            self.unplaced[rating] += not applies
+            self.kinds[row["modality"]] += 1
+            for key, seen in self.hashes.items():
+                seen.setdefault(str((row.get("hashes") or {}).get(key) or ""))
+            if row["error"]:
+                self._failed(row)
+        self.ratings = np.frombuffer(ratings, np.int8) if ratings else np.empty(0, np.int8)
+        self._groups = np.frombuffer(groups, np.int8) if groups else np.empty(0, np.int8)
+        self._risks = np.frombuffer(risks, np.float32) if risks else np.empty(0, np.float32)
+        finite = [np.isfinite(b).all(axis=1) for b in _readable(data.tangents).blocks(POINT_BLOCK)]
+        self.placed = np.concatenate(finite) if finite else np.empty(0, dtype=bool)
+
+    def _failed(self, row: Mapping[str, Any]) -> None:
+        kind = str(row["error"]["type"])
+        self.failures[kind] += 1
+        if len(self.errors) < MAX_ERRORS:
+            message = _cut(str(row["error"]["message"]), MAX_MESSAGE)
+            self.errors.append([row["source"] or row["id"], kind, message])
+
+    def by_rating(self) -> list[int]:
+        return np.bincount(self.ratings, minlength=len(RATINGS)).tolist()
+
+    def queue(self, most: int) -> list[int]:
+        """Rows, unsafe first, then review, errors, safe; the higher probability first."""
+        return np.lexsort((-self._risks, self._groups))[:most].tolist()
+
+    def sample(self) -> list[int]:
+        """Rows drawn on the disk: all, or evenly spaced ones of each rating, in input order."""
+        rows = [np.flatnonzero(self.placed & (self.ratings == r)) for r in range(len(RATINGS))]
+        total = sum(map(len, rows))
+        if total <= MAX_DOTS:
+            return sorted(int(i) for r in rows for i in r)
+        keep: list[int] = []
+        for r in rows:
+            size = min(len(r), max(MIN_DOTS, round(MAX_DOTS * len(r) / total)))
+            keep += [int(r[i]) for i in np.linspace(0, len(r) - 1, size).astype(int)]
+        return sorted(keep)
+
+
+def _group(row: Mapping[str, Any]) -> int:
+    """Place of a row's kind in the queue."""
+    unread = row["rating"] == "review" and bool(row["error"])
+    return 2 if unread else {"unsafe": 0, "review": 1, "safe": 3}[row["rating"]]
+
+
+def _payload(data: ReportData, totals: _Totals, nodes: _Nodes, max_items: int) -> dict[str, Any]:
     """The JSON block of the page."""
-    nodes = _Nodes(data.taxonomy)
-    applies = [nodes.of_row(row) for row in data.results]
-    order = _queue_order(data.results)[:max_items]
+    order, dots = totals.queue(max_items), totals.sample()
     place = {row: i for i, row in enumerate(order)}
     neighbours = nearest_items(data.tangents, order, c=data.c, geometry=data.geometry)
-    dots = _sample([RATINGS.index(r["rating"]) for r in data.results], data.tangents)
     layout = disk_layout(
-        data.tangents[dots],
+        _readable(data.tangents).take(dots),
         data.node_ids,
         data.node_tangents,
         data.taxonomy,
@@ -372,61 +519,27 @@ def _payload(data: ReportData, max_items: int) -> dict[str, Any]:
     )
     return {
         "geometry": data.geometry,
-        "nodes": _node_entries(data, nodes, applies, layout.nodes),
-        "unplaced": _by_rating(
-            row for row, found in zip(data.results, applies, strict=True) if not found
-        ),
-        "items": [
-            _item(data, nodes, row, applies[row], neighbours.get(row, []), place) for row in order
-        ],
+        "nodes": _node_entries(data, nodes, totals.counts, layout.nodes),
+        "unplaced": totals.unplaced,
+        "items": [_item(data, nodes, row, neighbours.get(row, []), place) for row in order],
         "total": len(data.results),
         "dots": [
-            _dot(data.results[row], applies[row], position, place.get(row, -1))
+            _dot(data.results[row], nodes, position, place.get(row, -1))
             for row, position in zip(dots, layout.items, strict=True)
         ],
-        "points": int(np.isfinite(data.tangents).all(axis=1).sum()),
+        "points": int(totals.placed.sum()),
         "rings": layout.rings,
-        "errors": _errors(data.results),
+        "errors": {
+            "types": totals.failures.most_common(),
+            "rows": totals.errors,
+            "total": totals.failures.total(),
+        },
     }
 
 
-def _queue_order(results: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Rows, unsafe first, then review, errors, safe; the higher probability first."""
-
-    def key(row: int) -> tuple[int, float, int]:
-        result = results[row]
-        unread = result["rating"] == "review" and bool(result["error"])
-        group = 2 if unread else {"unsafe": 0, "review": 1, "safe": 3}[result["rating"]]
-        return group, -(_number(result["p_unsafe"]) or 0.0), row
-
-    return sorted(range(len(results)), key=key)
-
-
-def _sample(ratings: Sequence[int], tangents: np.ndarray) -> list[int]:
-    """Rows drawn on the disk: all, or evenly spaced ones of each rating, in input order."""
-    with_point = np.isfinite(tangents).all(axis=1)
-    rows = [np.flatnonzero(with_point & (np.array(ratings) == r)) for r in range(len(RATINGS))]
-    total = sum(map(len, rows))
-    if total <= MAX_DOTS:
-        return sorted(int(i) for r in rows for i in r)
-    keep: list[int] = []
-    for r in rows:
-        size = min(len(r), max(MIN_DOTS, round(MAX_DOTS * len(r) / total)))
-        keep += [int(r[i]) for i in np.linspace(0, len(r) - 1, size).astype(int)]
-    return sorted(keep)
-
-
-def _by_rating(rows: Iterable[Mapping[str, Any]]) -> list[int]:
-    counts = Counter(row["rating"] for row in rows)
-    return [counts[r] for r in RATINGS]
-
-
 def _node_entries(
-    data: ReportData, nodes: _Nodes, applies: Sequence[Sequence[int]], positions: np.ndarray
+    data: ReportData, nodes: _Nodes, counts: np.ndarray, positions: np.ndarray
 ) -> list[dict[str, Any]]:
-    counts = np.zeros((len(nodes.nodes), len(RATINGS)), dtype=int)
-    for row, found in zip(data.results, applies, strict=True):
-        counts[found, RATINGS.index(row["rating"])] += 1
     at = dict(zip(data.node_ids, positions, strict=True))
     active = set(data.active)
     return [
@@ -448,7 +561,6 @@ def _item(
     data: ReportData,
     nodes: _Nodes,
     row: int,
-    applies: list[int],
     neighbours: Sequence[tuple[int, float]],
     place: Mapping[int, int],
 ) -> dict[str, Any]:
@@ -466,7 +578,7 @@ def _item(
         "kind": result["modality"],
         "rating": result["rating"],
         "p": _number(result["p_unsafe"]),
-        "in": applies,
+        "in": nodes.of_row(result),
         "paths": [
             [
                 nodes.index.get(p["node"], -1),
@@ -487,38 +599,20 @@ def _item(
         "far": _number(result["novelty"]["distribution"]),
         "radius": _number(result["radius"]),
         "near": [
-            [place.get(i, -1), _name(data.results[i]), data.results[i]["rating"], round(d, 4)]
-            for i, d in neighbours
+            [place.get(i, -1), _name(other), other["rating"], round(d, 4)]
+            for i, d, other in ((i, d, data.results[i]) for i, d in neighbours)
         ],
         "error": bool(result["error"]),
     }
 
 
-def _dot(
-    result: Mapping[str, Any], applies: list[int], position: np.ndarray, item: int
-) -> list[Any]:
+def _dot(result: Mapping[str, Any], nodes: _Nodes, position: np.ndarray, item: int) -> list[Any]:
     """[x, y, item of the queue]; what an item would say follows for those not in the queue."""
     at: list[Any] = [*(_position(position) or [0.0, 0.0]), item]
     if item < 0:
         kind = MODALITIES.index(result["modality"])
-        at += [RATINGS.index(result["rating"]), kind, _name(result), applies]
+        at += [RATINGS.index(result["rating"]), kind, _name(result), nodes.of_row(result)]
     return at
-
-
-def _errors(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    failed = [r for r in results if r["error"]]
-    return {
-        "types": Counter(str(r["error"]["type"]) for r in failed).most_common(),
-        "rows": [
-            [
-                r["source"] or r["id"],
-                str(r["error"]["type"]),
-                _cut(str(r["error"]["message"]), MAX_MESSAGE),
-            ]
-            for r in failed[:MAX_ERRORS]
-        ],
-        "total": len(failed),
-    }
 
 
 def _picture(data: ReportData, result: Mapping[str, Any], nodes: _Nodes) -> str | None:
@@ -650,7 +744,7 @@ def _position(point: np.ndarray | None) -> list[float] | None:
 # ---------------------------------------------------------------- the page
 
 
-def _page(data: ReportData, payload: Mapping[str, Any]) -> str:
+def _page(data: ReportData, totals: _Totals, payload: Mapping[str, Any]) -> str:
     folder = resources.files("hysafe.assets").joinpath("report")
     style = folder.joinpath("report.css").read_text("utf-8")
     script = folder.joinpath("report.js").read_text("utf-8")
@@ -663,8 +757,8 @@ def _page(data: ReportData, payload: Mapping[str, Any]) -> str:
     return Template(folder.joinpath("page.html").read_text("utf-8")).substitute(
         csp=html.escape(policy),
         title=html.escape(data.title),
-        facts=_facts(data),
-        tiles=_tiles(data.results),
+        facts=_facts(data, totals),
+        tiles=_tiles(totals),
         style=style,
         script=script,
         data=block.replace("<", "\\u003c"),
@@ -675,12 +769,11 @@ def _digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
 
 
-def _facts(data: ReportData) -> str:
+def _facts(data: ReportData, totals: _Totals) -> str:
     """Names and hashes of what the results depend on; several hashes if the rows are mixed."""
 
     def hashes(key: str) -> str:
-        found = dict.fromkeys(str((r.get("hashes") or {}).get(key) or "") for r in data.results)
-        return " ".join(f"<code>{html.escape(h)}</code>" for h in found if h)
+        return " ".join(f"<code>{html.escape(h)}</code>" for h in totals.hashes[key] if h)
 
     space = "hyperbolic" if data.geometry == "lorentz" else "flat (Euclidean control)"
     curvature = f", curvature −{data.c:.3g}" if data.geometry == "lorentz" else ""
@@ -697,9 +790,8 @@ def _facts(data: ReportData) -> str:
     )
 
 
-def _tiles(results: Sequence[Mapping[str, Any]]) -> str:
-    total = len(results)
-    kinds = Counter(r["modality"] for r in results)
+def _tiles(totals: _Totals) -> str:
+    total, kinds = len(totals.ratings), totals.kinds
     words = {"image": "pictures", "text": "texts", "image+text": "pictures with text"}
     split = ", ".join(f"{kinds[k]:,} {words[k]}" for k in MODALITIES if kinds[k])
     cells = [
@@ -711,14 +803,14 @@ def _tiles(results: Sequence[Mapping[str, Any]]) -> str:
         "review": "unsure, novel or unreadable",
         "safe": "no node reaches its threshold",
     }
-    for rating, count in zip(RATINGS, _by_rating(results), strict=True):
+    for rating, count in zip(RATINGS, totals.by_rating(), strict=True):
         cells.append(
             f'<button type="button" class="tile" data-rating="{rating}" aria-pressed="false">'
             f'<b>{count:,}</b><span class="share">{_share(count, total)}</span>'
             f'<span class="name"><i class="mark {rating}"></i>{rating.capitalize()}</span>'
             f'<span class="sub">{meaning[rating]}</span></button>'
         )
-    failed = sum(bool(r["error"]) for r in results)
+    failed = totals.failures.total()
     cells.append(
         f'<a class="tile" href="#errors"><b>{failed:,}</b>'
         f'<span class="share">{_share(failed, total)}</span>'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import Counter
@@ -18,12 +17,13 @@ from hysafe.app.lock import lock
 from hysafe.app.output import RESULTS, Feed, Output, writing
 from hysafe.app.pipeline import Judgement, SafetyModel, ScanOptions
 from hysafe.app.report import ReportData, write_report
+from hysafe.app.report_rows import ResultLines, StoredTangents
 from hysafe.data.images import thumbnail
 from hysafe.data.inputs import InputReader
 from hysafe.data.remote import local_folder
 from hysafe.errors import CollectionError, InputError
 from hysafe.index import CollectionMeta, EncodedItem
-from hysafe.index.collection import TABLE, Collection, matrix
+from hysafe.index.collection import TABLE, Collection
 from hysafe.taxonomy import Policy, PolicyView
 from hysafe.types import ErrorRecord, Hashes, Item, NodeScore, NoveltyScores, Result
 
@@ -456,27 +456,14 @@ def collection_meta(
 def report_scan(out: Path, model: SafetyModel, view: PolicyView, shown: Shown, title: str) -> None:
     """Write report.html from the results and the collection in `out`."""
     table, apexes = model.place(view)
-    with (out / RESULTS).open(encoding="utf-8") as lines:
-        results = [json.loads(line) for line in lines]
-    collection = Collection.open(out)
-    rows = collection.to_arrow(["id", "vector", "text_vector"])
-    vectors = matrix(rows["vector"], apexes.space.shape[1])
-    texts = matrix(rows["text_vector"], apexes.space.shape[1])
-    if rows["id"].to_pylist() != [r["id"] for r in results]:
-        position = {name: i for i, name in enumerate(rows["id"].to_pylist())}
-        order = np.array([position[r["id"]] for r in results], dtype=int)
-        vectors, texts = vectors[order], texts[order]
-    # an item stands on the map where the channel that decided saw it
-    spoke = np.array([r["channels"].get("decided_by") in ("ocr", "text") for r in results])
-    use = spoke[:, None] & np.isfinite(texts) if len(results) else np.empty_like(texts, dtype=bool)
-    vectors = np.where(use, texts, vectors)
+    collection, results = Collection.open(out), ResultLines(out / RESULTS)
     write_report(
         out / REPORT,
         ReportData(
             results=results,
             texts=shown.texts,
             thumbnails=shown.pictures,
-            tangents=vectors,
+            tangents=StoredTangents(collection, results, apexes.space.shape[1]),
             node_ids=table.ids,
             node_tangents=apexes.tangent().numpy(),
             c=float(apexes.c),
