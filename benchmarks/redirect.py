@@ -4,6 +4,8 @@
 test split and one half of Tiny-ImageNet's ``val.parquet``, and asks it with the other halves. Truth
 is the label of the item, not the rating that the model gave it. Pairs are split whole.
 
+``--split validation`` takes that split of the contrast set and the training pictures that were held out.
+
 - Risky texts and pictures: share of queries whose best answer is safe, by plain search and redirected.
 - Safe queries (``a photo of a CLASS`` and pictures of harmless classes): share that have a picture of
   their class among the first ten, by plain search and redirected.
@@ -12,6 +14,7 @@ is the label of the item, not the rating that the model gave it. Pairs are split
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import tempfile
 import zlib
@@ -22,6 +25,7 @@ from hysafe.app.pipeline import SafetyModel, ScanOptions, load
 from hysafe.app.redirect import redirect_queries
 from hysafe.app.scan import scan
 from hysafe.data.contrast import contrast_set
+from hysafe.data.datamodule import HELD_OUT_SHARE, _share
 from hysafe.data.images import decode
 from hysafe.data.sources import data_root, iter_samples
 from hysafe.geometry import Points
@@ -34,11 +38,19 @@ def main() -> None:
     parser.add_argument("--data", help="development data (default: HYSAFE_DATA)")
     parser.add_argument("--model", default="mini")
     parser.add_argument("--limit", type=int, help="at most this many pictures")
+    parser.add_argument("--split", choices=("validation", "test"), default="test")
+    parser.add_argument("--at-most", type=float, nargs="+", default=[None], metavar="P",
+                        help="p_unsafe of answers to a query of more risk; a line for each")  # fmt: skip
     a = parser.parse_args()
     model = load(a.model)
-    texts = [s for s in contrast_set("test") if not s.extra["form"]]
-    root = data_root(a.data) / "images" / "tiny_imagenet" / "val.parquet"
-    pictures = list(iter_samples(str(root), "tiny_imagenet"))[: a.limit]
+    texts = [s for s in contrast_set(a.split) if not s.extra["form"]]
+    root = data_root(a.data) / "images" / "tiny_imagenet"
+    name = "val.parquet" if a.split == "test" else "train-*.parquet"
+    pictures = [
+        s
+        for s in iter_samples(str(root / name), "tiny_imagenet")
+        if a.split == "test" or held_out(s.image or b"")
+    ][: a.limit]
     with tempfile.TemporaryDirectory() as folder:
         collection, label = build(
             Path(folder), model, [s for s in texts if not _asks(s)], pictures[::2]
@@ -51,10 +63,13 @@ def main() -> None:
             ("risky pictures, best answer is safe", _images(model, risky), "image"),
         ):
             plain = collection.search(queries, model=model.hash, k=1)
-            moved = redirect_queries(collection, model, queries, channel=channel, k=1)
             before = [bool(hits) and label[_id(collection, hits[0].row)]["safe"] for hits in plain]
-            after = [bool(r.found) and label[r.found[0].item.id]["safe"] for r in moved]
-            _line(name, before, after)
+            for bound in a.at_most:
+                moved = redirect_queries(
+                    collection, model, queries, channel=channel, k=1, at_most=bound
+                )
+                after = [bool(r.found) and label[r.found[0].item.id]["safe"] for r in moved]
+                _line(name if bound is None else f"{name} ({bound:g})", before, after)
         classes = sorted({p.extra["name"] for p in pictures if p.safe})
         harmless = [p for p in pictures[1::2] if p.safe]
         phrases = [Sample(n, "", f"a photo of a {n}", None, (), True, None, {}) for n in classes]
@@ -66,16 +81,24 @@ def main() -> None:
             # pictures only on both sides: the question is which picture comes back
             where = "modality = 'image'"
             plain = collection.search(queries, model=model.hash, k=10, where=where)
-            moved = redirect_queries(collection, model, queries, channel=channel, where=where, k=10)
             before = [
                 t in [label[_id(collection, h.row)]["name"] for h in hits]
                 for t, hits in zip(truth, plain, strict=True)
             ]
-            after = []
-            for t, r in zip(truth, moved, strict=True):
-                names = [label[f.item.id]["name"] for f in r.found]
-                after.append(t in names)
-            _line(name, before, after)
+            for bound in a.at_most:
+                moved = redirect_queries(
+                    collection, model, queries, channel=channel, where=where, k=10, at_most=bound
+                )
+                after = [
+                    t in [label[f.item.id]["name"] for f in r.found]
+                    for t, r in zip(truth, moved, strict=True)
+                ]
+                _line(name if bound is None else f"{name} ({bound:g})", before, after)
+
+
+def held_out(picture: bytes) -> bool:
+    """Whether no training has seen a picture."""
+    return _share(hashlib.sha256(picture).hexdigest()) < HELD_OUT_SHARE
 
 
 def build(

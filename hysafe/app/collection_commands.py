@@ -89,6 +89,8 @@ def add_commands(commands: Any) -> None:
                           help="also return items rated review (never unsafe ones)")  # fmt: skip
     redirect.add_argument("--threshold", type=float, metavar="P",
                           help="risk below which a place is safe (default: 0.5, as for items)")  # fmt: skip
+    redirect.add_argument("--at-most", type=float, metavar="P",
+                          help="highest p_unsafe of answers to a query of more risk (default: 0.1; picture: 0.02)")  # fmt: skip
     _add_judging(redirect)
     _add_listing(redirect, 10, "10")
     redirect.set_defaults(run=_redirect)
@@ -417,8 +419,8 @@ def _redirect(arguments: argparse.Namespace) -> int:
     (answer,) = redirect_queries(
         collection, model, encode_query(model, text=arguments.text, image=arguments.image),
         channel="text" if arguments.image is None else "image", policy=policy,
-        threshold=arguments.threshold, review=arguments.review, where=arguments.where,
-        k=arguments.k,
+        threshold=arguments.threshold, review=arguments.review,
+        at_most=arguments.at_most, where=arguments.where, k=arguments.k,
     )  # fmt: skip
     query = str(arguments.text if arguments.image is None else arguments.image)
     if arguments.html is not None:

@@ -13,10 +13,14 @@ from hysafe.app.stored import judge_items, view_of
 from hysafe.errors import ConfigError
 from hysafe.geometry import Points
 from hysafe.index import Collection
+from hysafe.index.search import Hit
 from hysafe.score.redirect import redirect
 from hysafe.taxonomy import Policy, PolicyView
 
 __all__ = ["Redirection", "redirect_queries"]
+
+# Of a query or an answer, chosen on data that redirection is not measured on (docs/results.md).
+AT_MOST = {"text": 0.1, "image": 0.02}
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ def redirect_queries(
     policy: Policy | None = None,
     threshold: float | None = None,
     review: bool = False,
+    at_most: float | None = None,
     where: str | None = None,
     k: int = 10,
 ) -> list[Redirection]:
@@ -57,6 +62,9 @@ def redirect_queries(
         policy: what counts as risk; by default the collection's own.
         threshold: risks below it are safe; by default the triage's, from which items are unsafe.
         review: also return items rated review (never those rated unsafe).
+        at_most: answers to a query of more risk have at most this p_unsafe; AT_MOST by default,
+            with `review` what the ratings allow. Next to a risky query a safe rating is wrong more
+            often than elsewhere.
         where: SQL filter over the columns of the table.
 
     Raises:
@@ -68,6 +76,10 @@ def redirect_queries(
         raise ConfigError(f"redirect: channel is {channel!r}. Give text or image.")
     if threshold is not None and not 0 <= threshold <= 1:
         raise ConfigError(f"redirect: threshold is {threshold}. Give a number in [0, 1].")
+    if at_most is not None and not 0 <= at_most <= 1:
+        raise ConfigError(f"redirect: at_most is {at_most}. Give a number in [0, 1].")
+    if at_most is None:
+        at_most = 1.0 if review else AT_MOST[channel]
     collection.check_model(model.hash)
     view = view_of(collection, model, policy)
     limit = model.triage.unsafe_from if threshold is None else threshold
@@ -75,11 +87,18 @@ def redirect_queries(
     before = model.risk(queries, view, channel)
     done = redirect(queries, lambda p: model.risk(p, view, channel), limit)
     allowed = ("safe", "review") if review else ("safe",)
-    rows = _rated(collection, model, view, allowed)
+    rows, risks = _rated(collection, model, view, allowed)
     if where is not None:
-        rows = np.intersect1d(rows, collection.places(where))
+        kept = np.isin(rows, collection.places(where))
+        rows, risks = rows[kept], risks[kept]
+    hits_of: list[list[Hit]] = [[] for _ in range(len(queries))]
+    for doubtful, among in ((False, rows), (True, rows[~(risks > at_most)])):
+        chosen = (before > at_most).eq(doubtful).nonzero().squeeze(1)
+        found_hits = collection.index.search(done.points[chosen], k, rows=among)
+        for q, hits in zip(chosen.tolist(), found_hits, strict=True):
+            hits_of[q] = hits
     answers = []
-    for q, hits in enumerate(collection.index.search(done.points, k, rows=rows)):
+    for q, hits in enumerate(hits_of):
         items = collection.take([h.row for h in hits])
         judged = judge_items(collection, model, view, items)
         found = [
@@ -98,23 +117,27 @@ def redirect_queries(
 
 def _rated(
     collection: Collection, model: SafetyModel, view: PolicyView, allowed: Sequence[str]
-) -> np.ndarray:
-    """Rows of the items with an allowed rating: as stored, or judged now under another policy.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the items with an allowed rating, and their p_unsafe (NaN without one): as stored, or
+    judged now under another policy.
 
     Items that a person decided against are left out.
     """
     meta = collection.meta
     if (view.policy.hash, view.taxonomy.hash) == (meta.policy, meta.taxonomy):
-        ratings = collection.to_arrow(["rating"])["rating"].to_pylist()
+        table = collection.to_arrow(["rating", "p_unsafe"])
+        ratings, risks = table["rating"].to_pylist(), table["p_unsafe"].to_pylist()
     else:
-        ratings = [
-            j.result.rating
+        judged = [
+            j.result
             for items in collection.items()
             for j in judge_items(collection, model, view, items)
         ]
+        ratings, risks = [r.rating for r in judged], [r.p_unsafe for r in judged]
     decisions = collection.decisions()
     if decisions:  # a person's "no" counts; a "yes" does not outvote the model
         ids = collection.to_arrow(["id"])["id"].to_pylist()
         refused = {name for name, d in decisions.items() if d.rating not in allowed}
         ratings = ["" if name in refused else r for name, r in zip(ids, ratings, strict=True)]
-    return np.array([i for i, rating in enumerate(ratings) if rating in allowed], dtype=int)
+    rows = np.array([i for i, rating in enumerate(ratings) if rating in allowed], dtype=int)
+    return rows, np.array([np.nan if p is None else p for p in risks], dtype=float)[rows]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hysafe.app.cli import main
 from hysafe.app.pipeline import SafetyModel, ScanOptions
-from hysafe.app.redirect import redirect_queries
+from hysafe.app.redirect import AT_MOST, redirect_queries
 from hysafe.app.scan import scan
 from hysafe.errors import ConfigError
 from hysafe.index import Collection
@@ -44,7 +45,7 @@ def collection(model: SafetyModel, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_only_safe_items_come_back(collection: Collection, model: SafetyModel) -> None:
     ratings = dict(zip(*(collection.to_arrow(["id", "rating"]).to_pydict().values()), strict=False))
     assert set(ratings.values()) >= {"safe", "unsafe"}
-    answers = redirect_queries(collection, model, model.encode_text(TEXTS), k=5)
+    answers = redirect_queries(collection, model, model.encode_text(TEXTS), k=5, at_most=1.0)
     assert len(answers) == len(TEXTS)
     for answer in answers:
         assert len(answer.found) == 5
@@ -76,10 +77,29 @@ def test_a_safe_query_is_answered_as_a_search_among_safe_items(
     points = model.encode_text(TEXTS)
     safe = (model.risk(points, model.view()) < model.triage.unsafe_from).nonzero().squeeze(1)
     query = points[safe[:1]]
-    (answer,) = redirect_queries(collection, model, query, k=4)
+    (answer,) = redirect_queries(collection, model, query, k=4, at_most=1.0)
     (hits,) = collection.search(query, model=model.hash, k=4, where="rating = 'safe'")
     assert [f.distance for f in answer.found] == pytest.approx([h.distance for h in hits], abs=1e-6)
     assert answer.radius[0] == answer.radius[1]
+
+
+def test_answers_to_risky_queries_have_little_risk(
+    collection: Collection, model: SafetyModel
+) -> None:
+    table = collection.to_arrow(["rating", "p_unsafe"]).to_pylist()
+    risks = [row["p_unsafe"] for row in table if row["rating"] == "safe"]
+    points = model.encode_text(TEXTS)
+    asked = model.risk(points, model.view())
+    most, least = int(asked.argmax()), int(asked.argmin())
+    query = points[most : most + 1]
+    for bound in (0.0, float(np.median(risks)), 1.0):
+        (answer,) = redirect_queries(collection, model, query, k=99, threshold=0.0, at_most=bound)
+        assert len(answer.found) == sum(p <= bound for p in risks)
+    (answer,) = redirect_queries(collection, model, points[least : least + 1], k=99, at_most=0.9)
+    assert len(answer.found) == len(risks), "a query of less risk is answered as it is"
+    (answer,) = redirect_queries(collection, model, query, k=99)
+    kept = [p for p in risks if p <= AT_MOST["text"]] if asked[most] > AT_MOST["text"] else risks
+    assert len(answer.found) == len(kept)
 
 
 def test_review_is_asked_for_and_unsafe_cannot_be(
@@ -111,6 +131,9 @@ def test_wrong_arguments(collection: Collection, model: SafetyModel) -> None:
         redirect_queries(collection, model, query, k=0)
     with pytest.raises(ConfigError, match="channel is 'sound'"):
         redirect_queries(collection, model, query, channel="sound")
+    for bad in (-0.1, 2.0, float("nan")):
+        with pytest.raises(ConfigError, match="at_most"):
+            redirect_queries(collection, model, query, at_most=bad)
     for threshold in (-0.1, 2.0, float("nan")):
         with pytest.raises(ConfigError, match="threshold"):
             redirect_queries(collection, model, model.encode_text(["a"]), threshold=threshold)
