@@ -17,6 +17,8 @@ import itertools
 import json
 import os
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -403,6 +405,54 @@ ENGINES: dict[str, tuple[Callable[[np.ndarray], Look], tuple[int, ...]]] = {
 }
 
 
+# ---------------------------------------------------------------- memory
+
+
+class Drawn(Grown):
+    """Points drawn when they are read."""
+
+    def __init__(self, folder: Path, items: int, dim: int) -> None:
+        super().__init__(folder, {"text": np.empty((0, dim), np.float32)}, 1.0)
+        self.count = items
+
+    def items(self) -> Iterator[list[EncodedItem]]:
+        generator = np.random.default_rng(0)
+        for low in range(0, self.count, 8192):
+            shape = (min(8192, self.count - low), 1, self.meta.dim)
+            drawn = generator.standard_normal(shape, dtype=np.float32) / shape[2] ** 0.5
+            yield [EncodedItem("", "", "text", "", {"text": v}) for v in drawn]  # type: ignore[arg-type]
+
+
+def memory(args: argparse.Namespace) -> None:
+    """Peak memory of a process that opens an index and searches it exactly."""
+    if args.searched is None:
+        with tempfile.TemporaryDirectory() as folder:
+            PointIndex.open(Drawn(Path(folder), args.items, args.memory))  # type: ignore[arg-type]
+            command = [sys.executable, *sys.argv, "--searched", folder]
+            subprocess.run(command, check=True)
+        return
+    collection: Any = Drawn(args.searched, args.items, args.memory)
+    query = points_of(np.random.default_rng(1).standard_normal((100, args.memory)) / 30, 1.0)
+    before = resident()
+    index = PointIndex.open(collection)
+    matrix = index.matrix.nbytes / 2**20
+    for queries in (query[:1], query):
+        index.search(queries, K)
+        own, mapped = (b - a for a, b in zip(before, resident(), strict=True))
+        print(
+            f"{len(index):,} points, D={args.memory}, {len(queries)} queries: {own:,.0f} MiB of its own, "
+            f"{mapped:,.0f} MiB of mapped files; the matrix has {matrix:,.0f} MiB",
+            flush=True,
+        )
+
+
+def resident() -> tuple[float, float]:
+    """MiB of memory of this process: its own, and pages of files."""
+    told = Path("/proc/self/status").read_text().splitlines()
+    sizes = {line.split(":")[0]: line.split()[1] for line in told if line.startswith("Rss")}
+    return int(sizes["RssAnon"]) / 1024, int(sizes["RssFile"]) / 1024
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -421,7 +471,14 @@ def main() -> None:
     parser.add_argument("--no-exact", action="store_true")
     parser.add_argument("--no-cells", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--memory", type=int, metavar="D", help="only: what a search of D dimensions holds"
+    )
+    parser.add_argument("--searched", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.memory:
+        memory(args)
+        return
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
 
     real = real_items(args.cache)
