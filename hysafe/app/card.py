@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -40,14 +41,17 @@ from hysafe.score.calibration import (
     quantile_grid,
 )
 from hysafe.score.leaves import LeafScores, NodeTable, score_margins
+from hysafe.score.reference import save_reference
 from hysafe.taxonomy import metrics
 from hysafe.types import Sample
 
-__all__ = ["evaluate_card", "fit_calibration"]
+__all__ = ["evaluate_card", "fit_calibration", "reference_points"]
 
 # The share of safe sentences rated unsafe is reported at the threshold of the product.
 THRESHOLD = 0.5
 FUNCTIONAL_RECALL = 0.85
+# Ordinary items of a channel that new nodes are compared with.
+REFERENCES = 2000
 BLOCK, BLOCK_END = "<!-- figures: card -->", "<!-- end -->"
 LOOK_ALIKES = ("homonym", "figurative", "safe_target", "safe_context")
 LOGISTIC_C = (0.1, 1.0, 10.0, 100.0)
@@ -120,6 +124,7 @@ def evaluate_card(
             if folder is None:
                 raise ConfigError(f"--fit needs a model folder, got {model_name!r}.")
             fit_calibration(model, module).save(folder)
+            save_reference(folder, reference_points(model, module))
             model = load(model_name)
         texts, pictures = _judge_texts(model, _core("test")), _judge_pictures(model, module)
         rows[label] = {
@@ -173,6 +178,26 @@ def fit_calibration(model: SafetyModel, data: EmbedData) -> Calibration:
         "contrast validation split and held-out 5 % of the public text sets; held-out 5 % of the "
         "training pictures",
     )
+
+
+def reference_points(model: SafetyModel, data: EmbedData) -> dict[str, Tensor]:
+    """Tangent vectors [n, D] of ordinary items that the calibration was fitted on, by channel."""
+    texts = [*_core("validation").texts, *(str(s.text) for s in data.held_out_texts)]
+    pictures = data.held_out_pictures
+    found = {"text": model.encode_text(_spread(texts, REFERENCES)).tangent()}
+    if pictures is not None and len(pictures):
+        points, _ = _encode_pictures(model, pictures)
+        found["image"] = points.tangent()[_places(len(pictures), REFERENCES)]
+    return found
+
+
+def _places(count: int, most: int) -> list[int]:
+    """Evenly spaced places, at most so many."""
+    return np.linspace(0, count - 1, min(count, most)).astype(int).tolist()
+
+
+def _spread(texts: list[str], most: int) -> list[str]:
+    return [texts[i] for i in _places(len(texts), most)]
 
 
 def _channel_calibration(

@@ -447,7 +447,8 @@ class _Scorer:
     def __init__(self, model: SafetyModel, view: PolicyView, name: str) -> None:
         placed = model._placed(view)
         table = self.table = placed.table
-        apexes = self.apexes = placed.drawn if name == "image" else placed.apexes
+        apexes, narrowed = placed.cones(name)
+        self.apexes = apexes
         self.fit, self.scale = model.calibration.channel(name), model.encoder.cone_scale_value
         self.leaves = table.leaves[table.order]  # [L]
         self.text_picture: int | None = None  # its place in the order
@@ -456,6 +457,9 @@ class _Scorer:
         self.cones = _bank(apexes, torch.arange(len(table.ids)))
         dense = torch.cat((self.leaves, table.concepts[table.split]))
         self.dense = _bank(apexes, dense)
+        # nothing is taken off where nothing is narrowed; concepts never are
+        self.narrowed = None if narrowed is None else narrowed.double()
+        self.narrow = None if self.narrowed is None else self.narrowed[dense][:, None]
         self.risky = table.leaves[table.risk]  # [R]
         active, thresholds = table.active, table.thresholds.double()
         self.own = active & (table.thresholds != DEFAULT_THRESHOLD)
@@ -493,6 +497,8 @@ class _Scorer:
             own = self._space(points.vectors[part])
             space[part], radius[part] = own.space, own.radius()
             margins = self.dense.margins(own.space)
+            if self.narrow is not None:
+                margins -= self.narrow
             held[:, part] = margins[:risky] > 0
             logits = margins[: len(self.leaves)].mul_(self.scale)
             split = margins[len(self.leaves) :].mul_(self.scale / self.fit.temperature)
@@ -540,7 +546,11 @@ class _Scorer:
     def inside(self, vectors: np.ndarray, node: np.ndarray) -> np.ndarray:
         """Whether points lie in the cones of nodes, bool [P]."""
         space = self._space(vectors).space
-        found: np.ndarray = (self.cones.margins_at(space, torch.from_numpy(node)) > 0).numpy()
+        nodes = torch.from_numpy(node)
+        margins = self.cones.margins_at(space, nodes)
+        if self.narrowed is not None:
+            margins = margins - self.narrowed[nodes]
+        found: np.ndarray = (margins > 0).numpy()
         return found
 
     def _space(self, vectors: np.ndarray) -> Points:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from hysafe.geometry import Points
 from hysafe.index import Collection, EncodedItem, Row
 from hysafe.score.calibration import Calibration, conformal_p_values
 from hysafe.score.leaves import LeafScores, NodeTable, score_margins
+from hysafe.score.reference import load_reference, narrowing
 from hysafe.score.triage import TriagePolicy, weighted_risk
 from hysafe.taxonomy import Policy, PolicyView, Taxonomy, load_taxonomy
 from hysafe.taxonomy.policy import Example
@@ -40,6 +42,8 @@ __all__ = [
     *("Channel", "Judgement", "SafetyModel", "ScanOptions", "Scored"),
     *("ahead", "load", "rounded", "text_pictures"),
 ]
+
+log = logging.getLogger(__name__)
 
 # A node is listed for an item from this score on.
 LIST_FROM = 0.1
@@ -196,6 +200,8 @@ class SafetyModel:
         cache: folder for encoded taxonomies, keyed by model and taxonomy hash; None keeps them in
             memory only.
         bf16_text: texts that are judged go through the tower in bfloat16; nodes and queries do not.
+        reference: tangent vectors [n, D] of ordinary items by channel (``text``, ``image``), by which
+            the cones of nodes that a policy adds are narrowed.
     """
 
     def __init__(
@@ -208,6 +214,7 @@ class SafetyModel:
         triage: TriagePolicy | None = None,
         cache: Path | None = None,
         bf16_text: bool = False,
+        reference: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.encoder = encoder.eval()
         self.taxonomy = taxonomy or load_taxonomy()
@@ -219,6 +226,7 @@ class SafetyModel:
         self._features: dict[tuple[str, ...], Tensor] = {}
         self._examples: dict[str, Tensor] = {}
         self._views: dict[str, _Placed] = {}
+        self._reference = dict(reference or {})
         self._stored = self._load_stored()
 
     # ------------------------------------------------------------ points
@@ -263,8 +271,29 @@ class SafetyModel:
             examples = self._example_points(view.policy)  # before any text is encoded
             table, apexes = NodeTable(view), self._apexes(view.taxonomy)
             drawn = self._drawn(table, apexes, examples) if examples else apexes
-            self._views[key] = _Placed(table, apexes, drawn)
+            narrowed = self._narrowed(table, {"text": apexes, "image": drawn})
+            self._views[key] = _Placed(table, apexes, drawn, narrowed)
         return self._views[key]
+
+    def _narrowed(self, table: NodeTable, cones: Mapping[str, Points]) -> dict[str, Tensor]:
+        """By how much the cones [N] of a channel are narrowed: those of leaves that the policy adds."""
+        new = torch.tensor([n not in self.taxonomy for n in table.leaf_ids])
+        if not new.any():
+            return {}
+        if not self._reference:
+            log.warning(
+                "%s has no reference.safetensors: scores of the nodes that the policy adds are not "
+                "calibrated. Write it with: hysafe eval card --model FOLDER --fit", self.name,
+            )  # fmt: skip
+        found = {}
+        for name, tangents in self._reference.items():
+            apexes = cones[name]
+            margins = Points.from_tangent(tangents, apexes.c, apexes.geometry).margin(apexes)
+            found[name] = narrowing(
+                margins, table, new, self.calibration.channel(name),
+                scale=self.encoder.cone_scale_value,
+            )  # fmt: skip
+        return found
 
     def triage_of(self, view: PolicyView) -> TriagePolicy:
         """Thresholds of the rating under a view: the model's, but for the policy's review band."""
@@ -600,8 +629,9 @@ class SafetyModel:
 
     def _scores(self, points: Points, view: PolicyView, channel: str) -> tuple[Tensor, LeafScores]:
         """Margins [B, N] and calibrated scores of points."""
-        table, apexes, drawn = self._placed(view)
-        margins = points.margin(drawn if channel == "image" else apexes)
+        placed = self._placed(view)
+        table = placed.table
+        margins = placed.margins(points, channel)
         fit = self.calibration.channel(channel)
         return margins, score_margins(
             margins, table, scale=self.encoder.cone_scale_value, slope=fit.slope,
@@ -770,6 +800,18 @@ class _Placed(NamedTuple):
     table: NodeTable
     apexes: Points
     drawn: Points
+    narrowed: Mapping[str, Tensor]
+
+    def cones(self, channel: str) -> tuple[Points, Tensor | None]:
+        """Apexes [N, D] of a channel, and by how much their cones are narrowed [N]."""
+        apexes = self.drawn if channel == "image" else self.apexes
+        return apexes, self.narrowed.get("text" if channel == "ocr" else channel)
+
+    def margins(self, points: Points, channel: str) -> Tensor:
+        """Margins [B, N] of points of a channel."""
+        apexes, narrowed = self.cones(channel)
+        margins = points.margin(apexes)
+        return margins if narrowed is None else margins - narrowed.to(margins)
 
 
 class _Seen(NamedTuple):
@@ -903,6 +945,7 @@ def load(
     return SafetyModel(
         encoder, load_taxonomy(taxonomy), calibration, name=name,
         cache=cache or _cache_folder(), bf16_text=bf16_text,
+        reference=load_reference(folder) if folder is not None else None,
     )  # fmt: skip
 
 

@@ -35,7 +35,9 @@ POLICIES: dict[str, dict[str, Any]] = {
     "off": {"D1": {"status": "non_violating"}, "7.4.1": {"status": "non_violating"}},
     "sensitive": {"6.1": {"status": "sensitive", "threshold": 0.05}, "D7": {"threshold": 0.9}},
     "added": {"x.1": {"parent": "D6", "name": 'Laser "pointers"', "definition": "Their sale.",
-                      "synonyms": ["laser pointer sale"]}},
+                      "synonyms": ["laser pointer sale"]},
+              "s.x": {"parent": "S", "name": "Garden parties", "definition": "Parties outside.",
+                      "synonyms": ["lawn party"]}},
     "nothing": {d: {"status": "non_violating"} for d in DOMAINS},
 }  # fmt: skip
 # of channels, with the number of their windows
@@ -53,9 +55,33 @@ def model(tiny_model: SafetyModel) -> SafetyModel:
     fits = {"text": ModalityCalibration(0.3, -1.0, 1.2, grid, grid, 300),
             "image": ModalityCalibration(0.3, -1.0, 0.8, grid, grid, 700)}  # fmt: skip
     triage = TriagePolicy(novelty_level=0.1)
-    made = SafetyModel(tiny_model.encoder, calibration=Calibration(fits), name="x", triage=triage)
+    table, placed = tiny_model.place(
+        tiny_model.view(Policy.from_dict({"nodes": POLICIES["added"]}))
+    )
+    apexes = placed.tangent()[[table.index["x.1"], table.index["s.x"]]] * 2  # deep in new cones
+    rng = torch.Generator().manual_seed(3)
+    reference = {
+        name: apexes[torch.randint(len(apexes), (400,), generator=rng)].double()
+        + torch.randn(400, apexes.shape[1], generator=rng) * 0.1
+        for name in ("text", "image")
+    }
+    made = SafetyModel(
+        tiny_model.encoder, calibration=Calibration(fits), name="x", triage=triage,
+        reference=reference,
+    )  # fmt: skip
     made._features = tiny_model._features
     return made
+
+
+def test_new_leaves_alone_are_narrowed(model: SafetyModel) -> None:
+    view = model.view(Policy.from_dict({"nodes": POLICIES["added"]}))
+    placed = model._placed(view)
+    for channel in ("text", "image", "ocr"):
+        narrowed = placed.cones(channel)[1]
+        assert narrowed is not None
+        changed = {placed.table.ids[i] for i in narrowed.nonzero()[:, 0].tolist()}
+        assert changed == {"x.1", "s.x"}
+    assert model._placed(model.view()).narrowed == {}
 
 
 def mixed(model: SafetyModel, count: int = 120) -> list[EncodedItem]:
