@@ -38,13 +38,14 @@ def main() -> None:
     print(f"{len(study.items)} items of {len(set(study.nodes))} categories, {args.split} split")
     nearest = study.scores(lambda row: int(np.argmax(row)))
     show("nearest phrase", nearest, nearest, study.nodes)
+    used = naming.VOTERS
     for borrow in (False, True):
         kind = ", borrowing" if borrow else ""
         for voters in VOTERS:
             naming.VOTERS = voters
             found = study.scores(study.agreed, borrow=borrow)
             show(f"agreement of {voters}{kind}", found, nearest, study.nodes)
-    naming.VOTERS = 60
+    naming.VOTERS = used
     if args.guard:
         guard = GuardModel.load(args.guard)
         for borrow in (False, True):

@@ -15,9 +15,10 @@ from typing import Any
 
 from scan_speed import write_pictures
 
+from hysafe.app.output import RESULTS
 from hysafe.app.pipeline import ScanOptions, load
 from hysafe.app.ray_scan import ClusterOptions, ray_scan
-from hysafe.app.scan import RESULTS, scan
+from hysafe.app.scan import scan
 from hysafe.data.sources import data_root
 
 

@@ -424,7 +424,7 @@ class Drawn(Grown):
 
 
 def memory(args: argparse.Namespace) -> None:
-    """Peak memory of a process that opens an index and searches it exactly."""
+    """Memory that a process holds after it has opened an index and searched it exactly."""
     if args.searched is None:
         with tempfile.TemporaryDirectory() as folder:
             PointIndex.open(Drawn(Path(folder), args.items, args.memory))  # type: ignore[arg-type]

@@ -90,7 +90,7 @@ def add_commands(commands: Any) -> None:
     redirect.add_argument("--threshold", type=float, metavar="P",
                           help="risk below which a place is safe (default: 0.5, as for items)")  # fmt: skip
     redirect.add_argument("--at-most", type=float, metavar="P",
-                          help="highest p_unsafe of answers to a query of more risk (default: 0.1; picture: 0.02)")  # fmt: skip
+                          help="highest p_unsafe of answers to a query of more risk (default: 0.1; picture: 0.02; with --review 1)")  # fmt: skip
     _add_judging(redirect)
     _add_listing(redirect, 10, "10")
     redirect.set_defaults(run=_redirect)
@@ -442,6 +442,8 @@ def _redirect(arguments: argparse.Namespace) -> int:
         print(f"moved: radius {far:.3f} -> {near:.3f}, risk {risk:.4f} -> {shown:.4f}")
     if not answer.reached:
         print("nowhere on the way is safe: answered where the risk is least, with safe items only")
+    if answer.at_most is not None and len(answer.found) < arguments.k:
+        print(f"only items with a p_unsafe of at most {answer.at_most:g} answer it (--at-most)")
     _print_found(answer.found, len(collection))
     if arguments.html is not None:
         print(arguments.html)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hysafe.app.pipeline import SafetyModel
+from hysafe.app.pipeline import SafetyModel, rounded
 from hysafe.app.search import DIGITS, Found
 from hysafe.app.stored import judge_items, view_of
 from hysafe.errors import ConfigError
@@ -29,13 +29,16 @@ class Redirection:
 
     Args:
         radius, risk: of the query before and after. reached: the risk fell below the threshold.
-        found: items, nearest to the moved query first; never one that is not rated safe.
+        found: items, nearest to the moved query first; never one rated unsafe, and only on request
+            one rated review.
+        at_most: p_unsafe that the answers have at most; None where the query has no more itself.
     """
 
     radius: tuple[float, float]
     risk: tuple[float, float]
     reached: bool
     found: list[Found]
+    at_most: float | None = None
 
 
 def redirect_queries(
@@ -92,8 +95,9 @@ def redirect_queries(
         kept = np.isin(rows, collection.places(where))
         rows, risks = rows[kept], risks[kept]
     hits_of: list[list[Hit]] = [[] for _ in range(len(queries))]
-    for doubtful, among in ((False, rows), (True, rows[~(risks > at_most)])):
-        chosen = (before > at_most).eq(doubtful).nonzero().squeeze(1)
+    bound = ~(before <= at_most)  # a risk that is no number is doubtful
+    for doubtful, among in ((False, rows), (True, rows[risks <= at_most])):
+        chosen = bound.eq(doubtful).nonzero().squeeze(1)
         found_hits = collection.index.search(done.points[chosen], k, rows=among)
         for q, hits in zip(chosen.tolist(), found_hits, strict=True):
             hits_of[q] = hits
@@ -110,6 +114,7 @@ def redirect_queries(
             Redirection(
                 (float(queries[q : q + 1].radius()), float(done.radius[q])),
                 (float(before[q]), float(done.risk[q])), bool(done.reached[q]), found,
+                at_most if bound[q] else None,
             )
         )  # fmt: skip
     return answers
@@ -140,4 +145,5 @@ def _rated(
         refused = {name for name, d in decisions.items() if d.rating not in allowed}
         ratings = ["" if name in refused else r for name, r in zip(ids, ratings, strict=True)]
     rows = np.array([i for i, rating in enumerate(ratings) if rating in allowed], dtype=int)
-    return rows, np.array([np.nan if p is None else p for p in risks], dtype=float)[rows]
+    told = np.array([np.nan if p is None else p for p in risks], dtype=float)
+    return rows, rounded(told)[rows]  # as in the results; the table has float32

@@ -5,8 +5,8 @@ in a JSON block in which every ``<`` is escaped, the page's script makes text no
 else, and a content security policy allows this script, this style sheet and ``data:`` pictures.
 The page loads nothing. Numbers, words and positions are made here; the script draws and filters.
 
-A collection may be larger than the memory: its rows are gone through once, and some ten bytes are kept
-of each; only rows that the page shows are asked for again.
+A collection may be larger than the memory: some bytes are kept of each row, and only rows that the
+page shows are asked for again.
 """
 
 from __future__ import annotations
@@ -244,14 +244,14 @@ def nearest_items(
         return {}
     space = get_space(geometry)
     queries = space.exp_map0(torch.from_numpy(own), c)
-    near = _Nearest(queries, torch.from_numpy(asked), c, geometry, max(SHORTLIST, count + 1))
+    near = _Nearest(queries, torch.from_numpy(asked), c, geometry, SHORTLIST * (count + 1))
     place = 0
     for block in source.blocks(POINT_BLOCK):
         block = np.ascontiguousarray(block, dtype=np.float32)
         kept = _few_of_each(block, count + 1)
         near.add(torch.from_numpy(block[kept]), torch.from_numpy(kept + place))
         place += len(block)
-    return near.found(count)
+    return near.found(source, count)
 
 
 def _few_of_each(vectors: np.ndarray, most: int) -> np.ndarray:
@@ -281,7 +281,6 @@ class _Nearest:
         self._space, self._flat = get_space(geometry), geometry != "lorentz"
         self._score = torch.empty(len(points), 0)
         self._row = torch.empty(len(points), 0, dtype=torch.long)
-        self._near = torch.empty(len(points), 0, points.shape[1])
 
     def add(self, tangents: torch.Tensor, rows: torch.Tensor) -> None:
         """Take tangent vectors [b, D] of these rows [b] into account."""
@@ -298,27 +297,32 @@ class _Nearest:
         score, column = (torch.cat(p) for p in zip(*parts, strict=True))
         score = torch.cat((self._score, score), 1)
         row = torch.cat((self._row, rows[column]), 1)
-        near = torch.cat((self._near, others[column]), 1)
         order = score.argsort(dim=1, stable=True)[:, : self._size]
         self._score, self._row = score.gather(1, order), row.gather(1, order)
-        self._near = near.gather(1, order[:, :, None].expand(-1, -1, near.shape[2]))
 
     def _rank(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # smaller is nearer
         if self._flat:
             return self._space.pairwise_dist(x, y, self._c)
         return -lorentz.pairwise_inner(x, y, self._c)  # cosh of the distance, one product
 
-    def found(self, count: int) -> dict[int, list[tuple[int, float]]]:
+    def found(self, source: Tangents, count: int) -> dict[int, list[tuple[int, float]]]:
         """The nearest of each query, by exact distances."""
-        distance = self._space.dist(self._points[:, None], self._near, self._c)
-        distance[(self._points[:, None] == self._near).all(-1)] = 0.0
-        distance = torch.where(torch.isfinite(self._score), distance, torch.inf)
         found = {}
-        for query, rows, far in zip(
-            self._rows.tolist(), self._row.tolist(), distance.tolist(), strict=True
-        ):
-            pairs = sorted((d, r) for r, d in zip(rows, far, strict=True) if math.isfinite(d))
-            found[query] = [(r, d) for d, r in pairs[:count]]
+        for start in range(0, len(self._points), QUERY_BLOCK):
+            part = slice(start, start + QUERY_BLOCK)
+            rows = self._row[part]
+            distinct, place = rows.unique(return_inverse=True)
+            vectors = np.ascontiguousarray(source.take(distinct.tolist()), dtype=np.float32)
+            near = self._space.exp_map0(torch.from_numpy(vectors), self._c)[place]
+            points = self._points[part, None]
+            distance = self._space.dist(points, near, self._c)
+            distance[(points == near).all(-1)] = 0.0
+            distance = torch.where(torch.isfinite(self._score[part]), distance, torch.inf)
+            for query, others, far in zip(
+                self._rows[part].tolist(), rows.tolist(), distance.tolist(), strict=True
+            ):
+                pairs = sorted((d, r) for r, d in zip(others, far, strict=True) if math.isfinite(d))
+                found[query] = [(r, d) for d, r in pairs[:count]]
         return found
 
 
@@ -524,7 +528,7 @@ def _payload(data: ReportData, totals: _Totals, nodes: _Nodes, max_items: int) -
         "items": [_item(data, nodes, row, neighbours.get(row, []), place) for row in order],
         "total": len(data.results),
         "dots": [
-            _dot(data.results[row], nodes, position, place.get(row, -1))
+            _dot(data.results, row, nodes, position, place.get(row, -1))
             for row, position in zip(dots, layout.items, strict=True)
         ],
         "points": int(totals.placed.sum()),
@@ -606,10 +610,11 @@ def _item(
     }
 
 
-def _dot(result: Mapping[str, Any], nodes: _Nodes, position: np.ndarray, item: int) -> list[Any]:
+def _dot(results: Results, row: int, nodes: _Nodes, position: np.ndarray, item: int) -> list[Any]:
     """[x, y, item of the queue]; what an item would say follows for those not in the queue."""
     at: list[Any] = [*(_position(position) or [0.0, 0.0]), item]
     if item < 0:
+        result = results[row]
         kind = MODALITIES.index(result["modality"])
         at += [RATINGS.index(result["rating"]), kind, _name(result), nodes.of_row(result)]
     return at

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from hysafe.errors import CollectionError
 from hysafe.index import Collection
 from hysafe.index.collection import matrix
 
@@ -18,7 +19,7 @@ __all__ = ["ResultLines", "StoredTangents"]
 
 # In lines where a text decided; quotation marks inside a text are escaped.
 SPOKE = (b'"decided_by": "ocr"', b'"decided_by": "text"')
-COLUMNS = ("id", "vector", "text_vector")
+COLUMNS = ("vector", "text_vector")
 
 
 class ResultLines:
@@ -62,7 +63,11 @@ class StoredTangents:
         self._places = self._order()
 
     def _order(self) -> np.ndarray | None:
-        """Place in the table of each line, None where both have one order."""
+        """Place in the table of each line, None where both have one order.
+
+        Raises:
+            CollectionError: a line's item is not in the table.
+        """
         ids = (i for b in self._collection.batches(["id"]) for i in b["id"].to_pylist())
         with self._lines.path.open("rb") as lines:
             same = all(
@@ -73,6 +78,12 @@ class StoredTangents:
             return None
         table = self._collection.to_arrow(["id"])["id"].to_pylist()
         place = {name: i for i, name in enumerate(table)}
+        missing = next((row["id"] for row in self._lines if row["id"] not in place), None)
+        if missing is not None:
+            raise CollectionError(
+                f"{self._lines.path}: {missing} is not in the table beside it. Judge the collection "
+                "again: hysafe rescore COLLECTION"
+            )
         return np.array([place[row["id"]] for row in self._lines], dtype=np.int64)
 
     def blocks(self, size: int) -> Iterator[np.ndarray]:
@@ -95,6 +106,6 @@ class StoredTangents:
         return self._decided(table, self._lines.spoke[chosen])
 
     def _decided(self, rows: pa.RecordBatch | pa.Table, spoke: np.ndarray) -> np.ndarray:
-        looks, words = (matrix(rows[name], self.shape[1]) for name in COLUMNS[1:])
+        looks, words = (matrix(rows[name], self.shape[1]) for name in COLUMNS)
         use = spoke[:, None] & np.isfinite(words)
         return np.where(use, words, looks)

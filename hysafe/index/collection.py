@@ -541,9 +541,13 @@ class Collection:
                 latest[decision.id] = decision
         if not latest:
             return {}
-        table = self.to_arrow(["id", "content_hash"])
-        ids, hashes = table["id"].to_pylist(), table["content_hash"].to_pylist()
-        current = dict(zip(ids, hashes, strict=True))
+        wanted = pa.array(list(latest), pa.string())
+        current: dict[str, str] = {}
+        for batch in self.batches(["id", "content_hash"]):
+            rows = batch.filter(pc.is_in(batch["id"], wanted))
+            current.update(
+                zip(rows["id"].to_pylist(), rows["content_hash"].to_pylist(), strict=True)
+            )
         return {k: d for k, d in latest.items() if current.get(k) == d.content_hash}
 
     def all_decisions(self) -> list[Decision]:

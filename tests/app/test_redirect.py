@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from hysafe.app.cli import main
@@ -86,13 +85,13 @@ def test_a_safe_query_is_answered_as_a_search_among_safe_items(
 def test_answers_to_risky_queries_have_little_risk(
     collection: Collection, model: SafetyModel
 ) -> None:
-    table = collection.to_arrow(["rating", "p_unsafe"]).to_pylist()
-    risks = [row["p_unsafe"] for row in table if row["rating"] == "safe"]
+    lines = map(json.loads, (collection.folder / "results.jsonl").read_text().splitlines())
+    risks = [line["p_unsafe"] for line in lines if line["rating"] == "safe"]
     points = model.encode_text(TEXTS)
     asked = model.risk(points, model.view())
     most, least = int(asked.argmax()), int(asked.argmin())
     query = points[most : most + 1]
-    for bound in (0.0, float(np.median(risks)), 1.0):
+    for bound in (0.0, *sorted(risks)[::4], 1.0):
         (answer,) = redirect_queries(collection, model, query, k=99, threshold=0.0, at_most=bound)
         assert len(answer.found) == sum(p <= bound for p in risks)
     (answer,) = redirect_queries(collection, model, points[least : least + 1], k=99, at_most=0.9)

@@ -505,6 +505,18 @@ def test_copies_are_the_nearest_and_an_item_is_not_its_own_neighbour() -> None:
     assert [len(near) for near in found.values()] == [3] * 6
 
 
+def test_copies_do_not_crowd_out_a_nearer_point() -> None:
+    rng = np.random.default_rng(0)
+    query = rng.normal(size=D)
+    steps = zip([1e-4, 2e-4, 2.1e-4, 2.2e-4], rng.normal(size=(4, D)), strict=True)
+    others = [query + d * step / np.linalg.norm(step) for d, step in steps]
+    rows = np.array([query, *(others[i % 4] for i in range(24))], dtype=np.float32)
+    order = rng.permutation(24) + 1
+    found = nearest_items(rows[[0, *order]], [0], c=1.0, geometry="lorentz", count=3)
+    nearest = {i + 1 for i, row in enumerate(order) if (row - 1) % 4 == 0}
+    assert {row for row, _ in found[0]} <= nearest
+
+
 def test_a_lone_item_has_no_neighbours() -> None:
     assert nearest_items(np.ones((1, D)), [0], c=1.0, geometry="lorentz") == {0: []}
 

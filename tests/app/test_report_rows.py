@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hysafe.app.output import RESULTS
 from hysafe.app.pipeline import SafetyModel
+from hysafe.app.report import ReportData, write_report
 from hysafe.app.report_rows import ResultLines, StoredTangents
-from hysafe.app.scan import RESULTS, scan
+from hysafe.app.scan import Shown, report_scan, scan
+from hysafe.errors import CollectionError
 from hysafe.index import Collection
 from hysafe.index.collection import matrix
 
@@ -72,20 +75,26 @@ def test_a_table_in_another_order_is_put_in_that_of_the_lines(
     np.testing.assert_array_equal(np.concatenate(list(turned.blocks(3))), wanted)
 
 
-def test_the_report_of_stored_rows_needs_one_pass(
-    scanned: Path, tiny_model: SafetyModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from hysafe.app.scan import Shown, report_scan
-
-    passes = []
-
-    class Counted(ResultLines):
-        def __iter__(self):  # type: ignore[no-untyped-def]
-            passes.append(1)
-            return super().__iter__()
-
-    monkeypatch.setattr("hysafe.app.scan.ResultLines", Counted)
+def test_the_page_is_that_of_rows_in_memory(scanned: Path, tiny_model: SafetyModel) -> None:
     report_scan(scanned, tiny_model, tiny_model.view(), Shown(), "stored")
-    page = (scanned / "report.html").read_text("utf-8")
-    assert len(passes) == 1
-    assert page.count("b.png") >= 1
+    collection, lines = Collection.open(scanned), ResultLines(scanned / RESULTS)
+    table, apexes = tiny_model.place(tiny_model.view())
+    vectors = np.concatenate(
+        list(StoredTangents(collection, lines, collection.meta.dim).blocks(99))
+    )
+    on = [n for n, a in zip(table.ids, table.active.tolist(), strict=True) if a]
+    data = ReportData(
+        results=list(lines), texts={}, thumbnails={}, tangents=vectors, node_ids=table.ids,
+        node_tangents=apexes.tangent().numpy(), c=float(apexes.c), geometry=apexes.geometry,
+        taxonomy=tiny_model.taxonomy, active=frozenset(on), title="stored",
+        model=tiny_model.name, policy="default",
+    )  # fmt: skip
+    write_report(scanned / "memory.html", data)
+    assert (scanned / "memory.html").read_text() == (scanned / "report.html").read_text()
+
+
+def test_a_line_without_an_item_is_named(scanned: Path, tmp_path: Path) -> None:
+    foreign = '{"id": "foreign"}\n'
+    (tmp_path / RESULTS).write_text((scanned / RESULTS).read_text("utf-8") + foreign, "utf-8")
+    with pytest.raises(CollectionError, match="foreign is not in the table"):
+        StoredTangents(Collection.open(scanned), ResultLines(tmp_path / RESULTS), 16)
