@@ -25,15 +25,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hysafe.app.card import reference_points
 from hysafe.app.pipeline import SafetyModel, load
 from hysafe.app.tasks import class_phrases
+from hysafe.data.datamodule import EmbedData
 from hysafe.data.images import decode
 from hysafe.data.sources import data_root, iter_samples
 from hysafe.encoder.head import COMMON_SHARE, PHRASES_COUNT, example_direction
 from hysafe.evaluate.metrics import detection
 from hysafe.evaluate.novelty_data import read_held_out
 from hysafe.geometry import Points
+from hysafe.score.calibration import ModalityCalibration
 from hysafe.score.leaves import score_margins
+from hysafe.score.reference import narrowing
 from hysafe.taxonomy import Policy
 from hysafe.taxonomy.policy import DEFAULT_THRESHOLD
 
@@ -76,7 +80,9 @@ class Figures:
 class Asked:
     """A class as a node of a policy."""
 
-    def __init__(self, model: SafetyModel, name: str, chain: tuple[str, ...]) -> None:
+    def __init__(
+        self, model: SafetyModel, name: str, chain: tuple[str, ...], ordinary: Tensor
+    ) -> None:
         called, definition, *synonyms = class_phrases(name, chain)
         rule = {"parent": "D6", "name": called, "definition": definition, "synonyms": synonyms}
         view = model.view(Policy.from_dict({"nodes": {NODE: rule}}))
@@ -85,6 +91,17 @@ class Asked:
         self.row = self.table.index[NODE]
         self.phrases = self.apexes.tangent()[self.row]
         self._margins: dict[int, Tensor] = {}
+        self.new = torch.tensor([n == NODE for n in self.table.leaf_ids])
+        self.ordinary = Points.from_tangent(ordinary, self.apexes.c, self.apexes.geometry)
+        self._ordinary = self.ordinary.margin(self.apexes)
+
+    def narrowed(self, apex: Points) -> float:
+        """What the product takes off the node's cone, were it to point there."""
+        margins = self._ordinary.clone()
+        margins[:, self.row] = self.ordinary.margin(apex)[:, 0]
+        scale = self.model.encoder.cone_scale_value
+        taken = narrowing(margins, self.table, self.new, ModalityCalibration(), scale=scale)
+        return float(taken[self.row])
 
     def figures(self, items: Items, direction: Tensor) -> Figures:
         """Of the ranking of items by the node's score, were its cone to point there."""
@@ -93,7 +110,7 @@ class Asked:
         margins = self._margins[id(items)].clone()
         tangent = (F.normalize(direction, dim=-1) * self.phrases.norm())[None]
         apex = Points.from_tangent(tangent, self.apexes.c, self.apexes.geometry)
-        margins[:, self.row] = items.points.margin(apex)[:, 0]
+        margins[:, self.row] = items.points.margin(apex)[:, 0] - self.narrowed(apex)
         scale = self.model.encoder.cone_scale_value
         score = score_margins(margins, self.table, scale=scale).nodes[:, self.row]
         wanted, over = items.of(self.name), score >= DEFAULT_THRESHOLD
@@ -152,7 +169,10 @@ def main() -> None:
             for one in asked for examples in drawn(one.name, count)
         )  # fmt: skip
 
-    choosing = [Asked(model, n, chains[n]) for n in hidden[0::2]]
+    data = EmbedData(a.data, exclude_classes=hidden)
+    data.setup()
+    ordinary = reference_points(model, data)["image"].half().double()
+    choosing = [Asked(model, n, chains[n], ordinary) for n in hidden[0::2]]
     print(f"to choose by: {', '.join(hidden[0::2])}\n")
     print("| phrases count as | common taken off | average precision | hits | others |")
     print("|---|---|---|---|---|")
@@ -169,7 +189,7 @@ def main() -> None:
     print(f"\nchosen: phrases count as {chosen[0]:g}, common taken off {chosen[1]:g}; in use: "
           f"{PHRASES_COUNT:g}, {COMMON_SHARE:g}\n")  # fmt: skip
 
-    measured = [Asked(model, n, chains[n]) for n in hidden[1::2]]
+    measured = [Asked(model, n, chains[n], ordinary) for n in hidden[1::2]]
     print(f"measured on: {', '.join(hidden[1::2])}\n")
     print("| asked by | examples | average precision | hits | others | texts |")
     print("|---|---|---|---|---|---|")
