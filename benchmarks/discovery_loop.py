@@ -226,7 +226,10 @@ def _with(
     model: SafetyModel, taxonomy: Taxonomy, calibration: Calibration | None = None
 ) -> SafetyModel:
     """The model over another taxonomy, or with another calibration."""
-    made = SafetyModel(model.encoder, taxonomy, calibration or model.calibration, name=model.name)
+    made = SafetyModel(
+        model.encoder, taxonomy, calibration or model.calibration, name=model.name,
+        reference=model.reference,
+    )  # fmt: skip
     made._features.update(model._features)  # the phrases are encoded once
     return made
 

@@ -226,7 +226,7 @@ class SafetyModel:
         self._features: dict[tuple[str, ...], Tensor] = {}
         self._examples: dict[str, Tensor] = {}
         self._views: dict[str, _Placed] = {}
-        self._reference = dict(reference or {})
+        self.reference = dict(reference or {})
         self._stored = self._load_stored()
 
     # ------------------------------------------------------------ points
@@ -280,13 +280,13 @@ class SafetyModel:
         new = torch.tensor([n not in self.taxonomy for n in table.leaf_ids])
         if not new.any():
             return {}
-        if not self._reference:
+        if not self.reference:
             log.warning(
                 "%s has no reference.safetensors: scores of the nodes that the policy adds are not "
                 "calibrated. Write it with: hysafe eval card --model FOLDER --fit", self.name,
             )  # fmt: skip
         found = {}
-        for name, tangents in self._reference.items():
+        for name, tangents in self.reference.items():
             apexes = cones[name]
             margins = Points.from_tangent(tangents, apexes.c, apexes.geometry).margin(apexes)
             found[name] = narrowing(

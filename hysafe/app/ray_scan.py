@@ -309,7 +309,12 @@ class Worker:
         model = load(setup.model)
         if model.taxonomy.hash != setup.taxonomy.hash:
             model = SafetyModel(
-                model.encoder, setup.taxonomy, model.calibration, name=model.name, cache=None
+                model.encoder,
+                setup.taxonomy,
+                model.calibration,
+                name=model.name,
+                cache=None,
+                reference=model.reference,
             )
         view = model.view(setup.policy)
         found = (model.hash_with(self._ocr), view.taxonomy.hash, view.policy.hash)
