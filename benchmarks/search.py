@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -471,6 +472,7 @@ def main() -> None:
     parser.add_argument("--no-exact", action="store_true")
     parser.add_argument("--no-cells", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--radius-share", type=float, default=0.5, help="as of hysafe search")
     parser.add_argument(
         "--memory", type=int, metavar="D", help="only: what a search of D dimensions holds"
     )
@@ -494,6 +496,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         collection: Any = Grown(Path(folder), grown, real.c)
         index = PointIndex.open(collection)
+        index.search = partial(index.search, radius_share=args.radius_share)  # type: ignore[method-assign]
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
         print(
             f"{len(index):,} items grown from {sizes}, D={index.tangents.shape[1]}, c={real.c:.3f}, "

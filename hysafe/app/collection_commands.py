@@ -55,6 +55,9 @@ def add_commands(commands: Any) -> None:
                      "two million points, once `hysafe index` has been run)")  # fmt: skip
     how.add_argument("--exact", action="store_false", dest="approximate",
                      help="compare with every item")  # fmt: skip
+    search.add_argument("--radius-share", type=float, metavar="S",
+                        help="order by the distance less S times the item's radius (default: 0.5; 0: "
+                        "by the distance alone)")  # fmt: skip
     _add_judging(search)
     _add_listing(search, None, "50; with --node those of them with a score of 0.1 or more")
     search.set_defaults(run=_search)
@@ -275,6 +278,7 @@ def _search(arguments: argparse.Namespace) -> int:
     from hysafe.app.cli import _progress
     from hysafe.app.search import search, search_json, write_found
     from hysafe.app.stored import model_of, view_of
+    from hysafe.index.collection import RADIUS_SHARE
 
     collection = _collection(arguments)
     towers = arguments.text is not None or arguments.image is not None
@@ -284,6 +288,7 @@ def _search(arguments: argparse.Namespace) -> int:
             collection, model, text=arguments.text, image=arguments.image, like=arguments.like,
             node=arguments.node, policy=policy, where=arguments.where, k=arguments.k,
             approximate=arguments.approximate, progress=_share(bar, "making the index"),
+            radius_share=RADIUS_SHARE if arguments.radius_share is None else arguments.radius_share,
         )  # fmt: skip
     if arguments.html is not None:
         title = next(str(q) for q in queries if q is not None)

@@ -56,6 +56,8 @@ def redirect_queries(
 ) -> list[Redirection]:
     """Safe answers to a batch of queries.
 
+    Answers are ordered by distance alone: a moved query lies near the origin itself.
+
     A query whose risk is below the threshold is answered where it is; a risky one is moved along
     its geodesic towards the origin until it is.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from hysafe.data.images import decode
 from hysafe.errors import ConfigError, InputError
 from hysafe.geometry import Points
 from hysafe.index import Collection, Decision, EncodedItem
+from hysafe.index.collection import RADIUS_SHARE
 from hysafe.index.search import Hit
 from hysafe.taxonomy import Policy, PolicyView
 from hysafe.types import Result
@@ -45,7 +47,8 @@ class Found:
 
     Args:
         item: the stored item. result: its judgement under the search's policy.
-        distance: geodesic distance of the query to the item's nearest point; None by node.
+        distance: geodesic distance of the query to the item's point; None by node. Hits are ordered
+            by it less a share of the point's radius.
         score: of the node asked for; None otherwise.
         channel: which of the item's points was nearest, or scored highest.
         decision: of a person on the item, if there is one.
@@ -71,6 +74,7 @@ def search(
     where: str | None = None,
     k: int | None = None,
     approximate: bool | None = None,
+    radius_share: float = RADIUS_SHARE,
     progress: Callable[[float], None] | None = None,
 ) -> list[Found]:
     """The k best items, best first. Exactly one of `text`, `image`, `like` and `node` is given.
@@ -84,6 +88,8 @@ def search(
             result lists a node.
         approximate: read only the part of the index nearest to the query; by default above two
             million points, if the collection has such an index.
+        radius_share: of an item's radius is taken off its distance (what says little lies near the
+            origin, and so near to every query); 0 orders by distance alone.
         progress: called with the share done where an approximate index has to be made first.
 
     Raises:
@@ -95,22 +101,25 @@ def search(
     k = MOST_FOUND if k is None else k
     if k < 1:
         raise ConfigError(f"search: k is {k}. Ask for at least 1 item.")
+    if not 0 <= radius_share <= 1:
+        raise ConfigError(f"search: radius_share is {radius_share}. Give a number in [0, 1].")
     collection.check_model(model.hash)
     view = view_of(collection, model, policy)
     if node is not None:
         ranked = rank_by_node(collection, model, view, node, where=where, k=k, least=least)
-        hits = [Hit(row, float("nan"), channel) for row, _, channel in ranked]
+        hits = [Hit(row, math.nan, channel, -score) for row, score, channel in ranked]
         scores: Sequence[float | None] = [score for _, score, _ in ranked]
     else:
         if like is not None:
             hits = collection.like(
-                like, k=k, where=where, approximate=approximate, progress=progress
-            )
+                like, k=k, where=where, approximate=approximate, radius_share=radius_share,
+                progress=progress,
+            )  # fmt: skip
         else:
             query = encode_query(model, text=text, image=image)
             (hits,) = collection.search(
                 query, model=model.hash, k=k, where=where, approximate=approximate,
-                progress=progress,
+                radius_share=radius_share, progress=progress,
             )  # fmt: skip
         scores = [None] * len(hits)
     items = collection.take([h.row for h in hits])

@@ -7,6 +7,11 @@ shortlist by that bound is measured in float64, and it grows until nothing left 
 the result is that of a float64 search over all points. An approximate search does the same over
 the points of the :mod:`cells <hysafe.index.cells>` nearest to the query.
 
+What says little lies near the origin and so near to every query. So a search may take a share
+:math:`\lambda` of an item's radius off its distance (1 is the Gromov product of query and item):
+the products of a block become distances, in float32 and not above the true ones but for a small
+tolerance, and the shortlist is one of :math:`d - \lambda R`.
+
 The matrix [P, D + 1] and the tangent vectors [P, D] lie in ``index/`` beside the table, mapped
 into memory, in the order of the scan or, once there are cells, in theirs. They are built again
 whenever the table has changed, and never needed to open it.
@@ -62,6 +67,10 @@ RERANK_BLOCK = 1024
 WRITE_BLOCK = 65536
 
 LEAST = np.finfo(np.float32).min
+# What a distance made of a float32 product may be above the true one: near 0 it has half the digits.
+TOLERANCE = 2e-3
+# cosh of a radius up to which it is taken from the space components.
+NEAR = 1.5
 
 log = logging.getLogger(__name__)
 
@@ -72,11 +81,13 @@ class Hit:
 
     Args:
         row: place in the scan. distance: geodesic. channel: whose point was nearest.
+        value: what hits are ordered by, the distance less a share of the point's radius.
     """
 
     row: int
     distance: float
     channel: str
+    value: float
 
 
 @dataclass(frozen=True)
@@ -142,6 +153,7 @@ class PointIndex:
         self.c, self.geometry, self._key = c, geometry, key
         self.cells, self.grouped = cells, grouped
         self._centers: np.ndarray | None = None
+        self._radii: np.ndarray | None = None
         self._warned = self._failed = False
 
     def __len__(self) -> int:
@@ -300,6 +312,7 @@ class PointIndex:
             (folder / file).unlink(missing_ok=True)
         self.matrix, self.tangents, self.owners = matrix, tangents, owners
         self.cells, self.grouped, self._centers = Cells(centers, starts), True, None
+        self._radii = None  # the points lie in another order
 
     def ready(
         self,
@@ -338,7 +351,13 @@ class PointIndex:
     # ------------------------------------------------------------ search
 
     def search(
-        self, query: Points, k: int, *, rows: np.ndarray | None = None, approximate: bool = False
+        self,
+        query: Points,
+        k: int,
+        *,
+        rows: np.ndarray | None = None,
+        approximate: bool = False,
+        radius_share: float = 0.0,
     ) -> list[list[Hit]]:
         """The k nearest items of each query, nearest first; equal distances by row.
 
@@ -347,11 +366,15 @@ class PointIndex:
             rows: rows of the items that may be found; None for all.
             approximate: read only the cells nearest to each query. Without cells the search is
                 exact, and a warning says so once.
+            radius_share: of an item's radius is taken off its distance, in [0, 1]; in flat space
+                nothing is.
 
         Raises:
             ShapeError: the query is of another space or dimension.
         """
         self._check(query)
+        share = radius_share if self.geometry == "lorentz" else 0.0
+        off = self._off(share)
         cells = self.cells if approximate else None
         if approximate and cells is None:
             self._warn()
@@ -372,18 +395,22 @@ class PointIndex:
                 q = tangents[torch.from_numpy(block)]
                 best = _Shortlist(len(q), shortlist)
                 if cells is None:
-                    self._read_all(self._bounding(q), best, allowed)
+                    self._read_all(self._bounding(q), best, allowed, off)
                 else:
-                    self._read_cells(cells, self._bounding(q), best, allowed, k)
+                    self._read_cells(cells, self._bounding(q), best, allowed, k, share)
                 bound, index = best.sorted()
-                distance = self._distances(q, index, np.isfinite(bound))
+                distance, radius = self._distances(q, index, np.isfinite(bound))
                 for j, (number, hits) in enumerate(
-                    zip(block.tolist(), self._hits(distance, index, k), strict=True)
+                    zip(
+                        block.tolist(),
+                        self._hits(distance, distance - share * radius, index, k),
+                        strict=True,
+                    )
                 ):
                     found[number] = hits
                     last = float(bound[j, -1])
                     whole = shortlist == size or np.isinf(last)  # nothing read was left out
-                    if not whole and not self._certain(hits, k, q[j], last):
+                    if not whole and not self._certain(hits, k, q[j], last, share):
                         left.append(number)
             pending = np.array(left, dtype=int)
             shortlist *= GROWTH
@@ -402,7 +429,21 @@ class PointIndex:
                 f"{self.c:g}. Encode it with the collection's model."
             )
 
-    def _read_all(self, query: np.ndarray, best: _Shortlist, allowed: np.ndarray | None) -> None:
+    def _off(self, share: float) -> np.ndarray | None:
+        """What is taken off the distances of points [P, 1], times the root of c; None for nothing."""
+        if not share:
+            return None
+        if self._radii is None:
+            self._radii = _radii(self.matrix, self.c)
+        return self._radii * np.float32(share)
+
+    def _read_all(
+        self,
+        query: np.ndarray,
+        best: _Shortlist,
+        allowed: np.ndarray | None,
+        off: np.ndarray | None,
+    ) -> None:
         """Score all points, or those allowed, for queries [Q, D + 1]."""
         weight = query.T
         size = min(MOST_ROWS, max(1, SCORES // len(query)))
@@ -414,17 +455,27 @@ class PointIndex:
             for low in range(0, len(places), size):
                 block = places[low : low + size]
                 score = np.matmul(self.matrix[block], weight, out=memory[: len(block)])
+                if off is not None:
+                    _nearness(score, self.c, off[block])
                 best.add(score, block)
             return
         for low in range(0, len(self), size):
             block = self.matrix[low : low + size]
             score = np.matmul(block, weight, out=memory[: len(block)])
+            if off is not None:
+                _nearness(score, self.c, off[low : low + size])
             if allowed is not None:
                 score[~allowed[low : low + size]] = -np.inf
             best.add(score, low)
 
     def _read_cells(
-        self, cells: Cells, query: np.ndarray, best: _Shortlist, allowed: np.ndarray | None, k: int
+        self,
+        cells: Cells,
+        query: np.ndarray,
+        best: _Shortlist,
+        allowed: np.ndarray | None,
+        k: int,
+        share: float,
     ) -> None:
         """Score the points of the cells nearest to each of the queries [Q, D + 1]."""
         sizes = cells.sizes(allowed)
@@ -432,6 +483,10 @@ class PointIndex:
         if self._centers is None:
             self._centers = _extended(cells.centers, self.c, self.geometry)
         near = query @ self._centers.T
+        off = self._off(share)
+        if off is not None:
+            far = _radii(self._centers, self.c).T * np.float32(share)
+            near = _nearness(near, self.c, far)
         chosen = cells.nearest(near, sizes, int(wanted))
         # of each query its nearest cells first, so that little of the others is worth keeping
         members: dict[int, list[int]] = {}
@@ -442,6 +497,8 @@ class PointIndex:
             spans = [slice(*cells.starts[n : n + 2]) for n in np.sort(numbers[:first])]
             score = np.concatenate([self.matrix[s] @ query[j] for s in spans])
             places = np.concatenate([np.arange(s.start, s.stop) for s in spans])
+            if off is not None:
+                _nearness(score, self.c, off[places, 0])
             if allowed is not None:
                 score[~allowed[places]] = -np.inf
             best.add(score[:, None], places, np.array([j]))
@@ -450,6 +507,8 @@ class PointIndex:
         for n, asking in sorted(members.items()):
             low, high = cells.starts[n : n + 2].tolist()
             score = self.matrix[low:high] @ query[asking].T
+            if off is not None:
+                _nearness(score, self.c, off[low:high])
             if allowed is not None:
                 score[~allowed[low:high]] = -np.inf
             best.add(score, low, np.array(asking))
@@ -475,44 +534,56 @@ class PointIndex:
         n = self.matrix.shape[1] + 4
         return 2 * n * unit / (1 - n * unit)
 
-    def _distances(self, query: torch.Tensor, index: np.ndarray, there: np.ndarray) -> np.ndarray:
-        """Distances [Q, S] of queries (tangent vectors [Q, D]) to points, in float64.
+    def _distances(
+        self, query: torch.Tensor, index: np.ndarray, there: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Distances [Q, S] of queries (tangent vectors [Q, D]) to points, and the radii of these, in
+        float64.
 
         Args:
             index: of the points [Q, S]. there: which of them count; the others are at infinity.
         """
         space = get_space(self.geometry)
         origin = space.exp_map0(query, self.c)
-        distance = np.full(index.shape, np.inf)
+        distance, radius = np.full(index.shape, np.inf), np.zeros(index.shape)
         which, place = np.nonzero(there)
         for low in range(0, len(which), RERANK_BLOCK):
             i, j = which[low : low + RERANK_BLOCK], place[low : low + RERANK_BLOCK]
             tangents = torch.from_numpy(self.tangents[index[i, j]]).double()
             points = space.exp_map0(tangents, self.c)
             near = space.dist(origin[torch.from_numpy(i)], points, self.c)
-            distance[i, j] = near.numpy()
-        return distance
+            distance[i, j], radius[i, j] = near.numpy(), tangents.norm(dim=1).numpy()
+        return distance, radius
 
-    def _hits(self, distance: np.ndarray, index: np.ndarray, k: int) -> list[list[Hit]]:
-        """The k nearest items among the points measured for each query, both [Q, S]."""
+    def _hits(
+        self, distance: np.ndarray, value: np.ndarray, index: np.ndarray, k: int
+    ) -> list[list[Hit]]:
+        """The k items of least value among the points measured for each query, all [Q, S]."""
         owners = self.owners[index]
         row, channel = owners[..., 0], owners[..., 1]
-        order = np.lexsort((channel, row, distance))
-        sorted_ = (np.take_along_axis(a, order, 1).tolist() for a in (row, distance, channel))
+        order = np.lexsort((channel, row, value))
+        columns = (row, distance, channel, value)
+        sorted_ = (np.take_along_axis(a, order, 1).tolist() for a in columns)
         found = []
         for points in zip(*sorted_, strict=True):
             hits: dict[int, Hit] = {}
-            for number, near, name in zip(*points, strict=True):
+            for number, near, name, least in zip(*points, strict=True):
                 if near == math.inf or len(hits) == k:
                     break
                 if number not in hits:
-                    hits[number] = Hit(number, near, CHANNELS[name])
+                    hits[number] = Hit(number, near, CHANNELS[name], least)
             found.append(list(hits.values()))
         return found
 
-    def _certain(self, hits: list[Hit], k: int, query: torch.Tensor, bound: float) -> bool:
-        """Whether no point with a product below the bound can be nearer than the hits."""
-        return len(hits) == k and self._product(hits[-1].distance, query) > bound
+    def _certain(
+        self, hits: list[Hit], k: int, query: torch.Tensor, bound: float, share: float
+    ) -> bool:
+        """Whether no point with a product below the bound can come before the hits."""
+        if len(hits) < k:
+            return False
+        if not share:
+            return self._product(hits[-1].distance, query) > bound
+        return math.sqrt(self.c) * hits[-1].value + TOLERANCE < -bound
 
     def _product(self, distance: float, query: torch.Tensor) -> float:
         """What the product is at a distance from the query, less what bounds are off by."""
@@ -520,6 +591,27 @@ class PointIndex:
             return float(-np.cosh(np.sqrt(self.c) * distance) / self.c)
         square = float(query.square().sum())
         return (square - distance**2) / 2 - self._slack * square
+
+
+def _radii(matrix: np.ndarray, c: float) -> np.ndarray:
+    """Radii of points, rows of a matrix [P, D + 1], times the root of the curvature [P, 1]."""
+    time = matrix[:, -1].astype(np.float64) * math.sqrt(c)
+    near = np.flatnonzero(time < NEAR)  # there the radius is lost in the digits of the time
+    radius = np.arccosh(np.maximum(time, 1.0))
+    space = np.linalg.norm(matrix[near, :-1].astype(np.float64), axis=1)
+    radius[near] = np.arcsinh(space * math.sqrt(c))
+    return radius.astype(np.float32)[:, None]
+
+
+def _nearness(product: np.ndarray, c: float, off: np.ndarray) -> np.ndarray:
+    """Products [n, q], written over: minus the distance (times the root of c) that they stand for,
+    and what is taken off it [n, 1]."""
+    np.multiply(product, -c, out=product)
+    np.maximum(product, 1.0, out=product)
+    root = np.sqrt(product * product - 1.0)
+    np.add(product, root, out=product)
+    np.log(product, out=product)
+    return np.subtract(off, product, out=product)
 
 
 class _Shortlist:
@@ -617,9 +709,9 @@ def nearest_of(found: Iterable[list[Hit]], k: int) -> list[Hit]:
     """The k nearest items of several lists, each item once."""
     best: dict[int, Hit] = {}
     for hit in (h for hits in found for h in hits):
-        if hit.row not in best or hit.distance < best[hit.row].distance:
+        if hit.row not in best or hit.value < best[hit.row].value:
             best[hit.row] = hit
-    return sorted(best.values(), key=lambda h: (h.distance, h.row))[:k]
+    return sorted(best.values(), key=lambda h: (h.value, h.row))[:k]
 
 
 def _extended(tangents: np.ndarray, c: float, geometry: str) -> np.ndarray:

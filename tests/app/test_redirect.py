@@ -77,7 +77,9 @@ def test_a_safe_query_is_answered_as_a_search_among_safe_items(
     safe = (model.risk(points, model.view()) < model.triage.unsafe_from).nonzero().squeeze(1)
     query = points[safe[:1]]
     (answer,) = redirect_queries(collection, model, query, k=4, at_most=1.0)
-    (hits,) = collection.search(query, model=model.hash, k=4, where="rating = 'safe'")
+    (hits,) = collection.search(
+        query, model=model.hash, k=4, where="rating = 'safe'", radius_share=0.0
+    )
     assert [f.distance for f in answer.found] == pytest.approx([h.distance for h in hits], abs=1e-6)
     assert answer.radius[0] == answer.radius[1]
 

@@ -65,25 +65,31 @@ def collection_of(folder: Path, rows: list[Row], meta: CollectionMeta = META) ->
     return Collection.open(folder)
 
 
-def brute(rows: list[Row], query: torch.Tensor, k: int, meta: CollectionMeta) -> list[tuple]:
-    """(row, distance, channel) by float64 distances, one item at a time."""
+def brute(
+    rows: list[Row], query: torch.Tensor, k: int, meta: CollectionMeta, share: float = 0.0
+) -> list[tuple]:
+    """(row, distance less a share of the radius, channel), in float64, one item at a time."""
     space = get_space(meta.geometry)
     found = []
     for number, r in enumerate(rows):
         best = None
         for channel, points in r.item.points.items():
             y = space.exp_map0(torch.from_numpy(points).double(), meta.c)
-            d = float(space.dist(query[None], y, meta.c).min())
+            radius = torch.from_numpy(points).double().norm(dim=1)
+            d = float((space.dist(query[None], y, meta.c) - share * radius).min())
             best = min(best, (d, channel)) if best else (d, channel)
         if best:
             found.append((number, *best))
     return sorted(found, key=lambda f: (f[1], f[0]))[:k]
 
 
-@pytest.mark.parametrize("geometry", ["lorentz", "euclidean"])
+@pytest.mark.parametrize(
+    ("geometry", "share"),
+    [("lorentz", 0.0), ("euclidean", 0.0), ("lorentz", 0.5), ("lorentz", 1.0), ("lorentz", 0.1)],
+)
 @pytest.mark.parametrize("radius", [0.05, 2.0, 6.0])
 def test_search_finds_what_a_float64_search_finds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, geometry: str, radius: float
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, geometry: str, radius: float, share: float
 ) -> None:
     monkeypatch.setattr(search_module, "SCORES", 150)  # several blocks, the last one odd
     monkeypatch.setattr(search_module, "SHORTLIST_LEAST", 3)  # the first shortlist is too short
@@ -95,11 +101,30 @@ def test_search_finds_what_a_float64_search_finds(
     collection = collection_of(tmp_path, rows, meta)
     vectors = np.random.default_rng(1).normal(size=(9, DIM)) * radius / 3
     query = Points.from_tangent(torch.from_numpy(vectors), C, geometry)
-    found = collection.search(query, model=meta.model, k=12)
+    found = collection.search(query, model=meta.model, k=12, radius_share=share)
     for hits, q in zip(found, query.space, strict=True):
-        wanted = brute(rows, q, 12, meta)
+        wanted = brute(rows, q, 12, meta, share)
         assert [(h.row, h.channel) for h in hits] == [(w[0], w[2]) for w in wanted]
-        np.testing.assert_allclose([h.distance for h in hits], [w[1] for w in wanted], rtol=1e-9)
+        np.testing.assert_allclose(
+            [h.value for h in hits], [w[1] for w in wanted], rtol=1e-9, atol=1e-9
+        )
+        if not share:
+            assert [h.distance for h in hits] == [h.value for h in hits]
+
+
+def test_what_says_little_is_not_near_to_everything(tmp_path: Path) -> None:
+    """Points near the origin come first by distance, those of the query's direction by value."""
+    generator = np.random.default_rng(4)
+    empty = generator.normal(size=(50, DIM)) * 0.05
+    asked = np.eye(DIM)[0] * 3
+    alike = np.eye(DIM)[0] * 3 + generator.normal(size=(5, DIM)) * 0.7
+    rows = [row(i, {"text": v[None].astype(np.float32)}) for i, v in enumerate([*empty, *alike])]
+    collection = collection_of(tmp_path, rows)
+    query = Points.from_tangent(torch.from_numpy(asked[None]), C, "lorentz")
+    (by_value,) = collection.search(query, model=META.model, k=5)
+    (by_distance,) = collection.search(query, model=META.model, k=5, radius_share=0.0)
+    assert {h.row for h in by_value} == set(range(50, 55))
+    assert {h.row for h in by_distance} != set(range(50, 55))
 
 
 def test_far_out_float32_alone_would_go_wrong(tmp_path: Path) -> None:
@@ -113,7 +138,7 @@ def test_far_out_float32_alone_would_go_wrong(tmp_path: Path) -> None:
     ]
     collection = collection_of(tmp_path, rows)
     query = collection.points(rows[50].vector[None])  # type: ignore[index]
-    (hits,) = collection.search(query, model=META.model, k=5)
+    (hits,) = collection.search(query, model=META.model, k=5, radius_share=0.0)
     wanted = brute(rows, query.space[0], 5, META)
     assert [h.row for h in hits] == [w[0] for w in wanted]
     assert hits[0].row == 50
@@ -147,16 +172,20 @@ def test_a_filter_leaves_out_rows_before_the_k_are_counted(tmp_path: Path) -> No
     rows = sample(120)
     collection = collection_of(tmp_path, rows)
     query = Points.from_tangent(torch.ones(1, DIM), C)
-    (hits,) = collection.search(query, model=META.model, k=30, where="rating = 'unsafe'")
+    (hits,) = collection.search(
+        query, model=META.model, k=30, where="rating = 'unsafe'", radius_share=0.0
+    )
     wanted = [w for w in brute(rows, query.space[0].double(), 999, META) if w[0] % 2][:30]
     assert [h.row for h in hits] == [w[0] for w in wanted]
-    assert collection.search(query, model=META.model, where="rating = 'no such'") == [[]]
+    assert collection.search(
+        query, model=META.model, where="rating = 'no such'", radius_share=0.0
+    ) == [[]]
 
 
 def test_like_leaves_out_the_item_itself_and_uses_all_its_points(tmp_path: Path) -> None:
     rows = sample(80)
     collection = collection_of(tmp_path, rows)
-    hits = collection.like("item-5", k=10)  # a picture with read text
+    hits = collection.like("item-5", k=10, radius_share=0.0)  # a picture with read text
     assert 5 not in [h.row for h in hits]
     queries = collection.points(np.concatenate(list(rows[5].item.points.values()))).space
     wanted: dict[int, float] = {}
@@ -166,7 +195,7 @@ def test_like_leaves_out_the_item_itself_and_uses_all_its_points(tmp_path: Path)
                 wanted[number] = min(distance, wanted.get(number, np.inf))
     assert [h.row for h in hits] == sorted(wanted, key=lambda n: wanted[n])[:10]
     with pytest.raises(CollectionError, match="item-10: the item could not be read"):
-        collection.like("item-10")
+        collection.like("item-10", radius_share=0.0)
 
 
 def test_a_query_of_another_model_or_space_is_refused(tmp_path: Path) -> None:
