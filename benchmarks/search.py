@@ -269,7 +269,9 @@ def rerank(index: PointIndex, queries: Points, shortlist: np.ndarray) -> list[li
     """The exact order of a shortlist [Q, S] of points; -1 is none."""
     there = shortlist >= 0
     shortlist = np.where(there, shortlist, 0)
-    return index._hits(index._distances(queries.tangent().double(), shortlist, there), shortlist, K)
+    distance, radius = index._distances(queries.tangent().double(), shortlist, there)
+    share = index.search.keywords["radius_share"]  # type: ignore[attr-defined]
+    return index._hits(distance, distance - share * radius, shortlist, K)
 
 
 def contest(
