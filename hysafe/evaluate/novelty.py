@@ -36,7 +36,7 @@ from hysafe.evaluate.novelty_data import (
 )
 from hysafe.evaluate.plots import plot_roc
 from hysafe.score.conformal import benjamini_hochberg, split_conformal
-from hysafe.score.leaves import NodeTable, score_margins
+from hysafe.score.leaves import SPREAD, NodeTable, score_margins
 from hysafe.score.novelty import (
     ClassCones,
     CombinedScorer,
@@ -63,6 +63,8 @@ NEIGHBOURS = (1, 5, 20)
 SHRINKAGES = (None, 0.1, 0.3)
 # The stated false-alarm rate at which p-values are checked, and the share of false alarms in a queue.
 ALPHA, QUEUE_LEVEL = 0.05, 0.1
+# Margin, in radians, to a node that is not there.
+GONE = 100.0
 # Categories with fewer test sentences say nothing of a policy.
 LEAST_ITEMS = 3
 # Fewer items of a class have no covariance.
@@ -352,9 +354,9 @@ def policy_figures(model: Encodes) -> dict[str, Any]:
     """A category is switched off: is its content flagged as risky-and-unnamed?
 
     For every category: ``policy_evidence`` of its test sentences against harmless ones (their own
-    benign siblings among them) and against those of the other categories. Beside it the same idea
-    with two logistic regressions on the same features: the lesser of the log odds of risk and minus
-    the best logit of an active category.
+    benign siblings among them) and against those of the other categories. Beside it the same rule
+    with two logistic regressions on the same features. *Node gone*: the category is not in the
+    taxonomy at all, so nothing that the model learnt of it is used.
     """
     encode = Encoder(model)
     samples = {s: [x for x in contrast_set(s) if (x.pair or x.safe) and not x.extra["form"]] for s in
@@ -367,8 +369,12 @@ def policy_figures(model: Encodes) -> dict[str, Any]:
     }
     margins = {s: v.points.margin(encode.apexes) for s, v in items.items()}
     head = _policy_head(items, category)
+    everything = NodeTable(model.view())
+    channel = model.calibration.channel("text")
+    fit = {k: getattr(channel, k) for k in ("slope", "offset", "temperature")}
     rows: dict[str, dict[str, list[Detection]]] = {
         "policy evidence": {},
+        "policy evidence, node gone": {},
         "logistic regressions": {},
     }
     curves: Curves = {row: {} for row in rows}
@@ -380,27 +386,33 @@ def policy_figures(model: Encodes) -> dict[str, Any]:
         policy = Policy.from_dict({"name": "off", "nodes": {node: {"status": "non_violating"}}})
         table = NodeTable(model.view(policy))
         scale = model.encoder.cone_scale_value
-        evidence = {
-            s: score_margins(m, table, scale=scale).policy_evidence.double()
-            for s, m in margins.items() if s != "train"
-        }  # fmt: skip
+        evidence: dict[str, Tensor] = {}
+        gone: dict[str, Tensor] = {}
+        for s in ("validation", "test"):
+            evidence[s] = score_margins(margins[s], table, scale=scale, **fit).policy_evidence
+            without = margins[s].clone()
+            without[:, table.index[node]] = -GONE
+            gone[s] = score_margins(without, everything, scale=scale, **fit).policy_evidence
         safe = category["test"] == -1
         others = ~safe & ~mine
         for row, scores in (
             ("policy evidence", evidence["test"]),
+            ("policy evidence, node gone", gone["test"]),
             ("logistic regressions", head(items["test"], hidden)),
         ):
             for column, rest in (("safe content", safe), ("other risky content", others)):
                 value = detection(scores[rest], scores[mine])
                 rows[row].setdefault(column, []).append(value)
                 curves[row].setdefault(column, []).append(mean_roc([(scores[rest], scores[mine])]))
-        calibration = evidence["validation"][category["validation"] != hidden]
-        p = split_conformal(evidence["test"], calibration)
-        alarms.append({
-            "content of the node flagged at 0.05": float((p[mine] <= ALPHA).double().mean()),
-            "safe content flagged at 0.05": float((p[safe] <= ALPHA).double().mean()),
-            "other risky content flagged at 0.05": float((p[others] <= ALPHA).double().mean()),
-        })  # fmt: skip
+        known = category["validation"] != hidden
+        flagged: dict[str, float] = {}
+        for how, by in (("off", evidence), ("gone", gone)):
+            p = split_conformal(by["test"], by["validation"][known])
+            for what, part in (("content of the node", mine), ("safe content", safe),
+                               ("other risky content", others)):  # fmt: skip
+                share = float((p[part] <= ALPHA).double().mean())
+                flagged[f"node {how}: {what} flagged at 0.05"] = share
+        alarms.append(flagged)
     if not alarms:
         raise ShapeError("policy novelty: no category has test sentences in the contrast set.")
     counts = {k: int(((category["test"] == -1) == (k == "safe")).sum()) for k in ("safe", "risky")}
@@ -433,9 +445,10 @@ def _policy_head(items: Mapping[str, Encoded], category: Mapping[str, Tensor]) -
 
     def score(batch: Encoded, hidden: int) -> Tensor:
         z = batch.vectors("features").float()
-        odds = binary.logits(z) @ torch.tensor([-1.0, 1.0])
-        active = named.logits(z)[:, named.classes != hidden].amax(-1)
-        return torch.minimum(odds, -active).double()
+        odds = (binary.logits(z) @ torch.tensor([-1.0, 1.0])).double()
+        shares = named.logits(z).double().softmax(-1)[:, named.classes != hidden]
+        unheld = (1 - shares.pow(SPREAD).sum(-1)).clamp_min(1e-12)
+        return torch.nn.functional.logsigmoid(odds) + unheld.log()
 
     return score
 

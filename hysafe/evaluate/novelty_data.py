@@ -21,6 +21,7 @@ from hysafe.data.rendered import render_text_pictures
 from hysafe.data.sources import data_root, image_bytes, iter_samples, load_rows
 from hysafe.errors import ConfigError, InputError
 from hysafe.geometry import Points
+from hysafe.score.calibration import Calibration
 from hysafe.score.leaves import NodeTable
 from hysafe.score.novelty import Encoded, class_folds
 from hysafe.taxonomy import Policy, PolicyView
@@ -53,6 +54,7 @@ class Encodes(Protocol):
     """What a suite needs of a model (:class:`hysafe.app.pipeline.SafetyModel` has it)."""
 
     name: str
+    calibration: Calibration
 
     @property
     def encoder(self) -> Any:

@@ -7,9 +7,10 @@ it (an untrained lift) still scores, but says that it is not calibrated and give
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,11 @@ __all__ = [
     "quantile_grid",
 ]
 
+log = logging.getLogger(__name__)
+
 FILE = "calibration.json"
+# Of the file; in files before 2 the scores of policy novelty are of another kind.
+FORMAT = 2
 # Conformal scores are kept as a grid of this many order statistics: p-values move by at most
 # 1/GRID, always upwards (conservative).
 GRID = 1000
@@ -81,7 +86,7 @@ class Calibration:
 
     def save(self, folder: str | Path) -> None:
         """Write calibration.json into a model folder."""
-        payload = json.dumps(asdict(self), indent=1, sort_keys=True)
+        payload = json.dumps({"format": FORMAT, **asdict(self)}, indent=1, sort_keys=True)
         (Path(folder) / FILE).write_text(payload + "\n", "utf-8")
 
     @classmethod
@@ -97,6 +102,12 @@ class Calibration:
         try:
             data = json.loads(path.read_text("utf-8"))
             channels = {str(k): _channel(v) for k, v in data["channels"].items()}
+            if int(data.get("format", 1)) < FORMAT:
+                log.warning(
+                    "%s: of an earlier release, so without p-values of policy novelty. Fit it again: "
+                    "hysafe eval card --model %s --fit", path, path.parent,
+                )  # fmt: skip
+                channels = {k: replace(c, policy=()) for k, c in channels.items()}
             return cls(channels, str(data.get("fitted_on", "")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(

@@ -17,10 +17,13 @@ from torch import Tensor
 from hysafe.taxonomy import PolicyView
 
 __all__ = [
-    *("LeafScores", "NodeTable", "RiskScores", "score_concepts", "score_leaves"),
+    *("SPREAD", "LeafScores", "NodeTable", "RiskScores", "score_concepts", "score_leaves"),
     "score_margins",
 ]
 
+# Power of the shares of the active categories in policy novelty: with 1 only what is switched off would
+# count, the greater it is the more an item between several categories does. Chosen on validation.
+SPREAD = 1.1
 # Logit of something that is not there: far below any scaled margin, and finite, so that log odds
 # against it stay finite.
 NOTHING = -1e4
@@ -90,9 +93,8 @@ class LeafScores:
         nodes: [B, N], score of every node; 0 for inactive and harmless nodes; a child's score is
             at most its parent's and a domain's at most p_unsafe.
         evidence: [B], log odds of risk against the rest before calibration.
-        policy_evidence: [B], the lesser of the log odds of any risk (active or not) and the scaled
-            distance outside the best active cone: high where it looks risky and no active cone
-            holds it.
+        policy_evidence: [B], log of the probability of any risk (active or not) times what no active
+            category takes of it: high where it looks risky and no active category holds it.
         energy: [B], -logsumexp of the scaled margins over all leaves: high where nothing known
             holds the item.
     """
@@ -136,6 +138,9 @@ def score_margins(
         scale: inverse temperature of margins (the encoder's cone scale).
         slope, offset: Platt calibration of the log odds of risk.
         temperature: of the distribution over categories, given risk.
+
+    What no active category takes of the risk is 1 less the sum over these of the SPREAD-th power of the
+    share, by the same softmax over all categories, active or not.
     """
     # node by node, so that a choice of nodes is a choice of whole rows
     by_node = margins.T.contiguous()  # [N, B]
@@ -190,18 +195,47 @@ def score_leaves(
     evidence = _either(at_risk.mass, nothing) - _either(*rest)
     if not table.sizes[0]:
         p_unsafe, leaves = torch.zeros_like(evidence), logits[:0]
+        held = torch.zeros_like(evidence)
     else:
         p_unsafe = torch.sigmoid(slope * evidence + offset)
         if active is None and temperature == 1:  # at most p_unsafe: the greatest weight is 1
+            gained = logits[: table.sizes[0]]
+            peak = 1 / risk.total
             leaves = risk.weights * (p_unsafe / risk.total)
         else:
             gained = logits[: table.sizes[0]] / temperature
             gained = gained if active is None else gained + active.clamp_min(NOTHING)
-            leaves = torch.softmax(gained, dim=0) * p_unsafe
-    # both must hold: it looks risky, and no active cone holds it
-    held = torch.maximum(at_risk.top, nothing)
+            shares = torch.softmax(gained, dim=0)
+            peak, leaves = shares.amax(0), shares * p_unsafe
+        held = _held(gained, peak, logits, table, temperature, mixed=active is not None)
+    unheld = (1 - held).clamp_min(torch.finfo(held.dtype).eps)
+    # both must hold: it looks risky, and no active category holds it
+    novelty = torch.nn.functional.logsigmoid(slope * looks_risky + offset) + unheld.log()
     energy = -_either(risk.mass, inactive.mass, safe.mass)
-    return RiskScores(leaves, p_unsafe, evidence, torch.minimum(looks_risky, -held), energy)
+    return RiskScores(leaves, p_unsafe, evidence, novelty, energy)
+
+
+def _held(
+    gained: Tensor, peak: Tensor, logits: Tensor, table: NodeTable, temperature: float, *,
+    mixed: bool,
+) -> Tensor:  # fmt: skip
+    """Sum [B] of the SPREAD-th powers of what each active category has of any risk.
+
+    Args:
+        gained: tempered logits of the active categories [R, B]. peak: their greatest softmax [B].
+        logits: [L, B], as :func:`score_leaves` has them.
+        mixed: some categories are active in part; `gained` has these parts alone.
+    """
+    top = gained.amax(0)
+    held = ((gained - top) * SPREAD).exp_().sum(0) * peak.pow(SPREAD)  # 1 / peak is the total
+    risk, off = table.sizes[0], table.sizes[1]
+    if not off and not mixed:
+        return held
+    active = top - peak.log()  # logsumexp of `gained`
+    every = torch.logsumexp(logits[:risk] / temperature, 0) if mixed else active
+    if off:
+        every = torch.logaddexp(every, torch.logsumexp(logits[risk : risk + off] / temperature, 0))
+    return held * (SPREAD * (active - every)).exp()
 
 
 def score_concepts(logits: Tensor, active: Tensor, leaf: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ most a small share of them scores high for it: conformal calibration of one thre
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,8 +28,6 @@ FILE = "reference.safetensors"
 LEVEL, HIGH = 0.01, 0.3
 # Logits between which a score is looked for, and halvings of that range.
 REACH, HALVINGS = 400.0, 60
-
-log = logging.getLogger(__name__)
 
 
 def save_reference(folder: str | Path, tangents: Mapping[str, Tensor]) -> None:

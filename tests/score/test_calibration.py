@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,21 @@ def damaged() -> dict[str, str]:
         "more scores than n": changed(lambda t: t.update(n=1)),
         "scores as text": changed(lambda t: t.update(distribution="ab")),
     }
+
+
+def test_policy_scores_of_an_earlier_format_are_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    channel = ModalityCalibration(1.5, 0.5, 2.0, (0.0, 1.0), (-1.0, 2.0), 2)
+    Calibration({"text": channel}, "x").save(tmp_path)
+    assert Calibration.load(tmp_path).channel("text") == channel
+    assert not caplog.records
+    data = json.loads((tmp_path / FILE).read_text("utf-8"))
+    del data["format"]
+    (tmp_path / FILE).write_text(json.dumps(data), "utf-8")
+    assert Calibration.load(tmp_path).channel("text") == replace(channel, policy=())
+    (record,) = caplog.records
+    assert "--fit" in record.getMessage()
 
 
 @pytest.mark.parametrize("case", sorted(damaged()))

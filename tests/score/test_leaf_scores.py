@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hysafe.geometry.cones import ConeBank, pairwise_margin
 from hysafe.score.leaves import (
+    SPREAD,
     LeafScores,
     NodeTable,
     score_concepts,
@@ -350,17 +351,89 @@ def test_a_new_concept_competes_within_its_category() -> None:
     assert float(column(scores, more, "6.1.1")) < 0.05
 
 
-def test_policy_evidence_is_high_where_it_looks_risky_and_no_active_cone_holds_it() -> None:
+def policy_evidence_by_hand(
+    nodes: NodeTable, row: list[float], fit: tuple[float, float, float]
+) -> float:
+    """Written out for one item: log of P(any risk) (1 - the sum of the SPREAD-th powers of what the
+    active part of each category has of it)."""
+    slope, offset, temperature = fit
+    view, taxonomy = nodes.view, nodes.view.taxonomy
+    value = dict(zip(nodes.ids, row, strict=True))
+    mass = {n.id: math.exp(value[n.id] * SCALE)
+            for n in taxonomy.of_kind("category", "benign", "background")}  # fmt: skip
+    risk = sum(mass[n.id] for n in taxonomy.categories)
+    odds = math.log(risk / (sum(mass.values()) - risk))
+    tempered = {n.id: math.exp(value[n.id] * SCALE / temperature) for n in taxonomy.categories}
+    held = 0.0
+    for node in taxonomy.categories:
+        below = [(n.id, math.exp(value[n.id] * SCALE / temperature))
+                 for n in taxonomy.children(node.id)]  # fmt: skip
+        on = float(view.active(node.id))
+        if below:
+            on = sum(w for n, w in below if view.active(n)) / sum(w for _, w in below)
+        held += (on * tempered[node.id] / sum(tempered.values())) ** SPREAD
+    return math.log(1 / (1 + math.exp(-slope * odds - offset))) + math.log(1 - held)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {},
+        {"D1": {"status": "non_violating"}, "6.1": {"status": "non_violating"}},
+        {"6.1.2": {"status": "non_violating"}, "1.1.7": {"status": "non_violating"}},
+        {"D6": {"status": "non_violating"}, "6.1.2": {"status": "sensitive"}},
+        {f"D{i}": {"status": "non_violating"} for i in range(1, 13)},
+        {"x.1": {"parent": "D6", "name": "n", "definition": "d"}},
+    ],
+    ids=["default", "branches off", "concepts off", "one concept on", "all off", "new category"],
+)
+@pytest.mark.parametrize("fit", [(1.0, 0.0, 1.0), (1.3, -0.4, 1.7)])
+def test_policy_evidence_equals_the_definition_in_loops(
+    rules: dict[str, Any], fit: tuple[float, float, float]
+) -> None:
+    nodes = table(rules)
+    drawn = margins(nodes, 5, rows=3, spread=0.6).double()
+    slope, offset, temperature = fit
+    found = score_margins(
+        drawn, nodes, scale=SCALE, slope=slope, offset=offset, temperature=temperature
+    ).policy_evidence
+    wanted = [policy_evidence_by_hand(nodes, row, fit) for row in drawn.tolist()]
+    torch.testing.assert_close(
+        found, torch.tensor(wanted, dtype=torch.double), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_policy_evidence_is_high_where_it_looks_risky_and_no_active_category_holds_it() -> None:
     off = table({"6.1": {"status": "non_violating"}})
-    drawn = torch.full((3, len(DEFAULT.ids)), -0.5)
+    drawn = torch.full((4, len(DEFAULT.ids)), -0.5)
     drawn[0, DEFAULT.index["6.1"]] = 0.3  # risky, held by the node that is off
     drawn[1, DEFAULT.index["6.2"]] = 0.3  # risky, held by an active node
     drawn[2, DEFAULT.index["S.b1"]] = 0.3  # harmless
+    drawn[3, [DEFAULT.index[n] for n in ("6.2", "7.1", "9.1")]] = 0.3  # risky, and between three
     under_off = score_margins(drawn, off, scale=SCALE).policy_evidence
-    assert float(under_off[0]) > 0 > float(under_off[1])
-    assert float(under_off[0]) > float(under_off[2])
+    assert float(under_off[0]) == float(under_off.max())
+    assert float(under_off[3]) > float(under_off[1])
+    assert float(under_off[1:3].max()) < float(under_off[0]) - 1.5
     under_default = score_margins(drawn, DEFAULT, scale=SCALE).policy_evidence
-    assert float(under_default[0]) < 0
+    assert float(under_default[3]) == float(under_default.max())
+    assert float(under_default[0]) < float(under_off[0]) - 1.5
+
+
+@laws
+@given(policies, st.sampled_from(RISK_IDS), st.integers(0, 999), fits)
+def test_what_a_policy_names_less_is_never_less_novel_to_it(
+    drawn: dict[str, str], more: str, seed: int, fit: tuple[float, float, float]
+) -> None:
+    values = margins(DEFAULT, seed, spread=0.5).double()
+    slope, offset, temperature = fit
+    both = {"scale": SCALE, "slope": slope, "offset": offset, "temperature": temperature}
+    rules = {k: "non_violating" for k in drawn}
+    before, after = (
+        score_margins(values, table(statuses_only(r)), **both).policy_evidence
+        for r in (rules, rules | {more: "non_violating"})
+    )
+    assert (before <= 0).all()
+    assert (after >= before - 1e-6).all()  # log of a small difference
 
 
 def test_a_taxonomy_without_concepts_scores_too() -> None:

@@ -44,7 +44,6 @@ def scores(values: torch.Tensor, fit: ModalityCalibration) -> torch.Tensor:
 @pytest.mark.parametrize("fit", FITS)
 def test_a_new_leaf_holds_few_ordinary_items(fit: ModalityCalibration) -> None:
     known, fresh = margins(4000, 0), margins(20000, 1)
-    alone = ADDED & torch.tensor([n == "x.1" for n in TABLE.leaf_ids])
     # one new leaf at a time is what the level is about: the other is put out of reach
     for values in (known, fresh):
         values[:, TABLE.index["s.x"]] = -50
@@ -57,7 +56,6 @@ def test_a_new_leaf_holds_few_ordinary_items(fit: ModalityCalibration) -> None:
     )  # sampling error of both
     # and no more is taken than that needs
     assert float((scores(known - taken, fit) >= HIGH - 0.02).double().mean()) > LEVEL / 2
-    assert int(alone.sum()) == 1
 
 
 def test_a_new_harmless_leaf_outweighs_few_risks() -> None:
