@@ -8,7 +8,7 @@ separate intents and categories; average linkage leaves strays out, where Ward's
 The dendrogram is cut where the mean silhouette is greatest. Two directions that have nothing to do
 with each other are :math:`\sqrt 2` apart: so far is, at most, the "other cluster" that the silhouette
 of an item is measured against, which makes one cluster alone a possible answer. An item that is in no
-cluster of the least size counts 0.
+cluster of the least size and the least silhouette counts 0.
 """
 
 from __future__ import annotations
@@ -112,11 +112,11 @@ def _cut(units: np.ndarray, least: int) -> list[np.ndarray]:
         groups = [g for g in groups if len(g) >= least]
         if not groups:
             continue
-        each = silhouettes(distances, groups)
-        score = float(sum(len(g) * s for g, s in zip(groups, each, strict=True)))
+        each = zip(groups, silhouettes(distances, groups), strict=True)
+        kept = [(g, s) for g, s in each if s >= LEAST_SILHOUETTE]
+        score = float(sum(len(g) * s for g, s in kept))
         if score > best[0]:
-            kept = [g for g, s in zip(groups, each, strict=True) if s >= LEAST_SILHOUETTE]
-            best = score, kept
+            best = score, [g for g, _ in kept]
     return best[1]
 
 

@@ -62,6 +62,17 @@ def test_one_group_alone_is_one_cluster_and_strays_alone_are_none() -> None:
     assert find_clusters(strays, Whitening.fit(ordinary), min_size=6) == []
 
 
+def test_a_weak_cluster_of_nearly_all_does_not_hide_a_tight_one() -> None:
+    rng = np.random.default_rng(2)
+    base, middle = 0.3 * rng.standard_normal(32), rng.standard_normal(32)
+    strays = rng.standard_normal((400, 32)) + base
+    group = middle + 0.4 * rng.standard_normal((20, 32)) + base
+    whitening = Whitening.fit(rng.standard_normal((2000, 32)))
+    found = find_clusters(np.concatenate([strays, group]), whitening)
+    truth = np.arange(420) >= 400
+    assert max(f1(c.members, truth) for c in found) > 0.9
+
+
 def test_the_medoid_comes_first_then_the_members_by_distance() -> None:
     x, _, whitening = planted((15,), 0)
     (only,) = find_clusters(x, whitening, min_size=6)
