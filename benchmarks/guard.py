@@ -23,9 +23,15 @@ from hysafe.app.guard_data import GuardData, encode_texts, evidence_of
 from hysafe.app.guard_task import name_similarity
 from hysafe.data.contrast import contrast_set
 from hysafe.data.sources import data_root, iter_samples
-from hysafe.evaluate.guard import best_threshold, f1_score, name_scores, novelty_of_cones
+from hysafe.evaluate.guard import (
+    best_threshold,
+    f1_score,
+    name_scores,
+    novelty_of_cones,
+    novelty_of_listed,
+)
 from hysafe.evaluate.novelty_data import read_held_out
-from hysafe.guard.ask import answers_of, chosen_names, names_of, novelty_of
+from hysafe.guard.ask import answers_of, chosen_names, names_of, novelty_of, places_of
 from hysafe.guard.corpus import Labelled, PhraseIndex, item_of
 from hysafe.guard.model import PHRASES, GuardModel
 from hysafe.guard.protocol import Answer, PromptPolicy, Renaming, twins
@@ -153,16 +159,16 @@ class Bench:
     def baseline(self, of: Any) -> dict[str, Any]:
         found: dict[str, Any] = {"names": self.named(of())}
         found["cones"] = self.cones()
+        found["listed"] = self.cones(novelty_of_listed)
         return found
 
-    def cones(self) -> dict[str, float]:
+    def cones(self, score: Any = novelty_of_cones) -> dict[str, float]:
         space = self.world.space
-        tuned = novelty_of_cones(
+        tuned = score(
             [i.evidence for i in self.tuning], [self.tuning_policy] * len(self.tuning), space
         )
         limit = best_threshold(tuned, self.tuning_true)
-        scores = novelty_of_cones(*self.risky(), space)
-        return f1_score(scores >= limit, self.true())
+        return f1_score(score(*self.risky(), space) >= limit, self.true())
 
     def risky(self) -> tuple[list[Any], list[PromptPolicy]]:
         both = [*self.unseen, *self.seen]
@@ -211,6 +217,10 @@ class Bench:
             for a, i in zip(said[n:], self.seen, strict=True)
         ]
         found["category"] = float(np.mean(category))
+        placed = places_of(guard, items[n:], policies[n:], space)
+        found["category, if it must"] = float(
+            np.mean([p == i.node for p, i in zip(placed, self.seen, strict=True)])
+        )
         rows = world.space.rows()
         columns = [rows[e.node] for e in self.policy.entries]
         nodes = [e.node for e in self.policy.entries]
@@ -371,15 +381,15 @@ def table(rows: dict[str, dict[str, Any]], bench: Bench) -> str:
                 )
     lines += [
         "",
-        "| | detection F1: cones | answered | scored | combined | category | binary F1 | over-refusal | flips | PER | PES | well-formed | phrase perplexity | ms |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| | detection F1: cones (what is listed alone) | answered | scored | combined | category | category, if it must | binary F1 | over-refusal | flips | PER | PES | well-formed | phrase perplexity | ms |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    cones = rows["nearest phrase"]["cones"]["f1"]
+    cones, listed = (rows["nearest phrase"][k]["f1"] for k in ("cones", "listed"))
     for name, r in rows.items():
         if "answered" in r:
             lines.append(
-                f"| {name} | {cones:.3f} | {r['answered']['f1']:.3f} | {r['scored']['f1']:.3f} | {r['combined']['f1']:.3f} | "
-                f"{r['category']:.3f} ({r['encoder category']:.3f}) | {r['binary']:.3f} ({r['encoder binary']:.3f}) | "
+                f"| {name} | {cones:.3f} ({listed:.3f}) | {r['answered']['f1']:.3f} | {r['scored']['f1']:.3f} | {r['combined']['f1']:.3f} | "
+                f"{r['category']:.3f} ({r['encoder category']:.3f}) | {r['category, if it must']:.3f} | {r['binary']:.3f} ({r['encoder binary']:.3f}) | "
                 f"{r['over-refusal']:.3f} ({r['encoder over-refusal']:.3f}) | {r['flips']['balanced']:.3f} | "
                 f"{r['PER']:.3f} | {r['PES']:.3f} | "
                 f"{r['well-formed']:.4f} | {r['phrase perplexity']:.1f} | {r['ms']:.1f} |"

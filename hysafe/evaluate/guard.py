@@ -16,6 +16,7 @@ __all__ = [
     "f1_score",
     "name_scores",
     "novelty_of_cones",
+    "novelty_of_listed",
     "proguard_scale",
 ]
 
@@ -61,14 +62,32 @@ def name_scores(
 def novelty_of_cones(
     items: Sequence[Evidence], policies: Sequence[PromptPolicy], space: PolicySpace
 ) -> np.ndarray:
-    """The geometry's own score [N]: risk times what no listed cone claims of it."""
+    """The geometry's own score [N] in [0, 1]: the share of an item's risk that no listed category
+    takes.
+
+    The encoder knows more categories than a policy lists; risk that goes to the others is unlisted.
+    Of risk that is new to the encoder it says nothing. No two entries may lie on one path.
+    """
     rows = space.rows()
     found = []
     for item, policy in zip(items, policies, strict=True):
         listed = [rows[e.node] for e in policy.entries if e.node in rows]
-        risk = float(np.nanmax(item.p_unsafe))
-        claimed = float(item.scores[listed].max()) if listed else 0.0
-        found.append(risk * (1 - min(1.0, claimed)))
+        risk = max(float(np.nanmax(item.p_unsafe)), 1e-6)
+        found.append(1 - min(1.0, float(item.scores[listed].sum()) / risk))
+    return np.array(found)
+
+
+def novelty_of_listed(
+    items: Sequence[Evidence], policies: Sequence[PromptPolicy], space: PolicySpace
+) -> np.ndarray:
+    """Entropy [N] of an item's scores over the listed categories: what can be said of risk that is
+    new to the encoder, too. No two entries may lie on one path."""
+    rows = space.rows()
+    found = []
+    for item, policy in zip(items, policies, strict=True):
+        scores = item.scores[[rows[e.node] for e in policy.entries if e.node in rows]].astype(float)
+        share = scores / max(float(scores.sum()), 1e-9)
+        found.append(-float((share * np.log(share + 1e-9)).sum()))
     return np.array(found)
 
 

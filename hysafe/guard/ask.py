@@ -11,13 +11,13 @@ from hysafe.guard.model import NOVEL, UNSAFE, Evidence, GuardModel, PolicySpace
 from hysafe.guard.policy import Completions
 from hysafe.guard.protocol import Answer, ParseError, PromptPolicy, parse_answer
 
-__all__ = ["answers_of", "chosen_names", "names_of", "novelty_of"]
+__all__ = ["answers_of", "chosen_names", "names_of", "novelty_of", "places_of"]
 
 # Prompts at once.
 ROWS = 64
 # Weight of a phrase's agreement beside the guard's log-probability of it: on validation items whose
-# category is hidden, 20 and more are alike, 0 and 10 are worse.
-AGREEMENT = 20.0
+# category is hidden, the more the better up to 80 (benchmarks/naming.py), where it is nearly the rule alone.
+AGREEMENT = 80.0
 
 
 def answers_of(
@@ -109,6 +109,28 @@ def chosen_names(
                 float(p) + agreement * float(scores[n]) for n, p in zip(phrases, row, strict=False)
             ]
             found.append(phrases[int(np.argmax(both))])
+    return found
+
+
+def places_of(
+    guard: GuardModel,
+    items: Sequence[Evidence],
+    policies: Sequence[PromptPolicy],
+    space: PolicySpace,
+) -> list[str | None]:
+    """The forbidden category that each item is put into if it must be put into one; None where none
+    is listed."""
+    found: list[str | None] = []
+    for start in range(0, len(items), ROWS):
+        part = slice(start, start + ROWS)
+        prompts = guard.prompts(items[part], policies[part], space)
+        likely, best = guard.slot_log_probs(prompts).max(-1)
+        found += [
+            policy.renaming.node(ids[k]) if np.isfinite(p) else None
+            for policy, ids, p, k in zip(
+                policies[part], prompts["slot_ids"], likely.tolist(), best.tolist(), strict=True
+            )
+        ]
     return found
 
 

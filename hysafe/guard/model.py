@@ -720,22 +720,38 @@ class GuardModel(PreTrainedModel, GenerationMixin):
         tokens, answered = torch.stack(drawn, 1), torch.stack(judged, 1)
         return Completions(tokens, answered, self.spell(prompts, tokens))
 
-    @torch.no_grad()
     def pointer_log_probs(self, prompts: Mapping[str, Any]) -> Tensor:
         """How likely each phrase of the prompts is as the name of a novel risk, among those that
         can be pointed at: [B, 12], -inf beyond the last one."""
+        there = [[True] * len(p) for p in prompts["phrases"]]
+        return self._choice(prompts, (UNSAFE, NOVEL), self._processor().pointers, there)
+
+    def slot_log_probs(self, prompts: Mapping[str, Any]) -> Tensor:
+        """How likely each category that the prompts list is as that of a risky item, novelty left
+        out: [B, 8], -inf for allowed ones and beyond the last one."""
+        there = [[not a for a in allowed] for allowed in prompts["slot_allowed"]]
+        return self._choice(prompts, (UNSAFE,), self._processor().slots, there)
+
+    @torch.no_grad()
+    def _choice(
+        self, prompts: Mapping[str, Any], begin: Sequence[str], choices: Sequence[int],
+        there: Sequence[Sequence[bool]],
+    ) -> Tensor:  # fmt: skip
+        """Log-probabilities [B, C] of the next token after `begin` among the choices that are there
+        in each prompt."""
         s, given = self.tokens, _tensors(prompts)
-        begin = torch.tensor([[s[UNSAFE], s[NOVEL]]]).repeat(len(given["input_ids"]), 1)
-        mask = torch.cat([given["attention_mask"], torch.ones_like(begin)], -1)
+        after = torch.tensor([[s[t] for t in begin]]).repeat(len(given["input_ids"]), 1)
+        mask = torch.cat([given["attention_mask"], torch.ones_like(after)], -1)
         output = self(
-            input_ids=torch.cat([given["input_ids"], begin], -1), attention_mask=mask,
+            input_ids=torch.cat([given["input_ids"], after], -1), attention_mask=mask,
             points=given["points"], position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
             logits_to_keep=1, use_cache=False,
         )  # fmt: skip
-        logits = output.logits[:, -1, self._processor().pointers].float()
-        counts = torch.tensor([len(p) for p in prompts["phrases"]])
-        there = torch.arange(logits.shape[1])[None] < counts[:, None]
-        return logits.masked_fill(~there, _NEVER).log_softmax(-1).masked_fill(~there, -math.inf)
+        logits = output.logits[:, -1, list(choices)].float()
+        may = torch.zeros_like(logits, dtype=torch.bool)
+        for row, known in zip(may, there, strict=True):
+            row[: len(known)] = torch.tensor(known, dtype=torch.bool)
+        return logits.masked_fill(~may, _NEVER).log_softmax(-1).masked_fill(~may, -math.inf)
 
     def spell(self, prompts: Mapping[str, Any], tokens: Tensor) -> list[str]:
         """Answers [B, T] as texts: the protocol's JSON, or a phrase where one was asked for."""

@@ -176,6 +176,7 @@ def test_scan_names_novel_items_and_changes_no_rating(
         [json.loads(line) for line in (tmp_path / d / "results.jsonl").open()]
         for d in ("plain", "named")
     )
+    names = [line["novelty"].get("name") for line in named]
     for a, b in zip(plain, named, strict=True):
         assert {"policy", "distribution", "name", "rationale"} <= set(b["novelty"])
         b["novelty"].pop("name", None)
@@ -183,6 +184,8 @@ def test_scan_names_novel_items_and_changes_no_rating(
         assert a == b
     again = scan([str(texts)], tmp_path / "named", model, guard=str(warm), report=False)
     assert again.known == 3
+    assert again.asked == 3
+    assert again.named == sum(map(bool, names))
     # a scan without a guard leaves none of its names
     scan([str(texts)], tmp_path / "named", model)
     assert [json.loads(line) for line in (tmp_path / "named" / "results.jsonl").open()] == plain

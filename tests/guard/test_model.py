@@ -12,6 +12,7 @@ import torch
 
 from hysafe.errors import ConfigError, ShapeError
 from hysafe.guard.algorithms import GRPO, collect, minibatches, sft_loss
+from hysafe.guard.ask import places_of
 from hysafe.guard.model import (
     NAME_TOKENS,
     NOVEL,
@@ -24,6 +25,7 @@ from hysafe.guard.model import (
     PolicySpace,
     train_tokenizer,
 )
+from hysafe.guard.policy import Completions
 from hysafe.guard.protocol import (
     Answer,
     AnswerGrammar,
@@ -259,6 +261,39 @@ def test_a_listed_name_cannot_be_pointed_at(model: GuardModel) -> None:
     assert batch["phrases"] == [["coin collecting", "fake shops"]]
     without = model.prompts(items(), [e.policy for e in episodes()], SPACE)
     assert without["phrases"] == [[]] * 4
+
+
+def test_choices_are_as_likely_as_in_whole_answers(model: GuardModel) -> None:
+    batch = model.prompts(pointed(), [e.policy for e in episodes()], SPACE)
+    s, processor = model.tokens, model._processor()
+    for choices, begin, found in (
+        (processor.slots, [UNSAFE], model.slot_log_probs(batch)),
+        (processor.pointers, [UNSAFE, NOVEL], model.pointer_log_probs(batch)),
+    ):
+        assert bool((found.exp().sum(-1) - 1).abs().max() < 1e-5)
+        begun = torch.tensor([s[t] for t in begin])
+        for i in range(len(found)):
+            there = torch.isfinite(found[i]).nonzero()[:, 0]
+            rows = model.repeat({k: v[i : i + 1] for k, v in batch.items()}, len(there))
+            ends = torch.tensor(choices)[there][:, None]
+            tokens = torch.cat([begun.expand(len(there), -1), ends], 1)
+            said = Completions(tokens, torch.ones_like(tokens, dtype=torch.bool), [])
+            whole = model.log_probs(rows, said)[0][:, -1]
+            torch.testing.assert_close(found[i, there], whole.log_softmax(0), rtol=0, atol=1e-4)
+
+
+def test_an_item_that_must_be_placed_is_put_into_a_forbidden_category(model: GuardModel) -> None:
+    policies = [e.policy for e in episodes()]
+    for policy, node in zip(policies, places_of(model, items(), policies, SPACE), strict=True):
+        assert node is not None
+        entry = policy.entry(node)
+        assert entry is not None
+        assert not entry.allowed
+    (safe,) = [
+        e for e in twins(POLICY, TAXONOMY, "6.1", seed=3, pair="p")[1].policy.entries if e.allowed
+    ]
+    alone = PromptPolicy.of([safe])
+    assert places_of(model, items()[:1], [alone], SPACE) == [None]
 
 
 def test_save_and_load_are_exact(model: GuardModel, tmp_path: Path) -> None:
