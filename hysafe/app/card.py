@@ -163,16 +163,14 @@ def fit_calibration(model: SafetyModel, data: EmbedData) -> Calibration:
     labels = torch.tensor([ids.index(c) for c in texts.categories()])
     temperature = fit_temperature(risk, labels)
     public = [str(s.text) for s in data.held_out_texts]
-    more = score_margins(model.encode_text(public).margin(apexes), table, scale=scale)
-    channels = {
-        "text": _channel_calibration(slope, offset, temperature, [scores, more]),
-    }
+    ordinary = torch.cat([margins, model.encode_text(public).margin(apexes)])
+    channels = {"text": _channel_calibration(model, slope, offset, temperature, ordinary)}
     held = data.held_out_pictures
     points, _ = _encode_pictures(model, held)
-    picture = score_margins(points.margin(apexes), table, scale=scale)
+    margins = points.margin(apexes)
     unsafe = (held.candidates[:, data.leaves.risky].any(-1)).cpu()
-    slope, offset = fit_platt(picture.evidence, unsafe)
-    channels["image"] = _channel_calibration(slope, offset, 1.0, [picture])
+    slope, offset = fit_platt(score_margins(margins, table, scale=scale).evidence, unsafe)
+    channels["image"] = _channel_calibration(model, slope, offset, 1.0, margins)
     return Calibration(
         channels,
         "contrast validation split and held-out 5 % of the public text sets; held-out 5 % of the "
@@ -181,33 +179,33 @@ def fit_calibration(model: SafetyModel, data: EmbedData) -> Calibration:
 
 
 def reference_points(model: SafetyModel, data: EmbedData) -> dict[str, Tensor]:
-    """Tangent vectors [n, D] of ordinary items that the calibration was fitted on, by channel."""
+    """Tangent vectors [n, D] of ordinary items that the calibration was fitted on, by channel:
+    REFERENCES of them at most, evenly spaced."""
+
+    def some(count: int) -> list[int]:
+        return np.linspace(0, count - 1, min(count, REFERENCES)).astype(int).tolist()
+
     texts = [*_core("validation").texts, *(str(s.text) for s in data.held_out_texts)]
-    pictures = data.held_out_pictures
-    found = {"text": model.encode_text(_spread(texts, REFERENCES)).tangent()}
-    if pictures is not None and len(pictures):
-        points, _ = _encode_pictures(model, pictures)
-        found["image"] = points.tangent()[_places(len(pictures), REFERENCES)]
-    return found
-
-
-def _places(count: int, most: int) -> list[int]:
-    """Evenly spaced places, at most so many."""
-    return np.linspace(0, count - 1, min(count, most)).astype(int).tolist()
-
-
-def _spread(texts: list[str], most: int) -> list[str]:
-    return [texts[i] for i in _places(len(texts), most)]
+    pictures, _ = _encode_pictures(model, data.held_out_pictures)
+    return {
+        "text": model.encode_text([texts[i] for i in some(len(texts))]).tangent(),
+        "image": pictures.tangent()[some(len(pictures))],
+    }
 
 
 def _channel_calibration(
-    slope: float, offset: float, temperature: float, scores: list[LeafScores]
+    model: SafetyModel, slope: float, offset: float, temperature: float, margins: Tensor
 ) -> ModalityCalibration:
-    energy = torch.cat([s.energy for s in scores])
-    policy = torch.cat([s.policy_evidence for s in scores])
+    """Calibration of a channel with conformal scores from the margins [n, N] of ordinary items."""
+    table, _ = model.place(model.view())
+    scores = score_margins(
+        margins, table, scale=model.encoder.cone_scale_value, slope=slope, offset=offset,
+        temperature=temperature,
+    )  # fmt: skip
     return ModalityCalibration(
-        slope, offset, temperature, quantile_grid(energy), quantile_grid(policy), len(energy)
-    )
+        slope, offset, temperature, quantile_grid(scores.energy),
+        quantile_grid(scores.policy_evidence), len(margins),
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- figures

@@ -220,13 +220,13 @@ class SafetyModel:
         self.taxonomy = taxonomy or load_taxonomy()
         self.calibration = calibration or Calibration()
         self.name, self.triage = name, triage or TriagePolicy()
+        self.reference = dict(reference or {})
         self.hash = self._hash()
         self._cache, self.bf16_text = cache, bf16_text
         self._tokenizer = Lock()  # it keeps its settings between calls
         self._features: dict[tuple[str, ...], Tensor] = {}
         self._examples: dict[str, Tensor] = {}
         self._views: dict[str, _Placed] = {}
-        self.reference = dict(reference or {})
         self._stored = self._load_stored()
 
     # ------------------------------------------------------------ points
@@ -375,7 +375,7 @@ class SafetyModel:
     def _store_path(self) -> Path | None:
         if self._cache is None:
             return None
-        return self._cache / f"nodes-{self.hash}-{self.taxonomy.hash}.safetensors"
+        return self._cache / f"nodes-{self.encoder.hash()}-{self.taxonomy.hash}.safetensors"
 
     def _load_stored(self) -> bool:
         path = self._store_path()
@@ -786,6 +786,9 @@ class SafetyModel:
         digest = hashlib.sha256(self.encoder.hash().encode())
         digest.update(repr(self.calibration).encode())
         digest.update(repr(self.triage).encode())
+        for name, tangents in sorted(self.reference.items()):  # scores of new nodes depend on them
+            digest.update(name.encode())
+            digest.update(tangents.double().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
 

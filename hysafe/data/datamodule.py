@@ -27,7 +27,7 @@ from hysafe.errors import ConfigError
 from hysafe.taxonomy import load_taxonomy
 from hysafe.types import Sample
 
-__all__ = ["EmbedData", "Pictures", "RoleData", "Texts", "WorldTree"]
+__all__ = ["EmbedData", "Pictures", "RoleData", "Texts", "WorldTree", "held_out"]
 
 TEXT_PICTURE, ICON = "picture of text", "icon"
 # Share of training pictures and of public text sets kept for calibration, never trained on.
@@ -252,7 +252,7 @@ class EmbedData(L.LightningDataModule):
                     assert s.image is not None
                     picture = to_pixels(decode(s.image), size)
                     if split == "train":
-                        held.append(_share(hashlib.sha256(s.image).hexdigest()) < HELD_OUT_SHARE)
+                        held.append(held_out(s.image))
                     target = (pixels, classes, nodes) if split == "train" else (
                         val_pixels, val_classes, val_nodes)  # fmt: skip
                     target[0].append(picture)
@@ -446,6 +446,11 @@ def _mates(samples: Sequence[Sample]) -> Tensor:
         if len(members) == 2:
             mates[members[0]], mates[members[1]] = members[1], members[0]
     return mates
+
+
+def held_out(picture: bytes) -> bool:
+    """Whether an encoded picture of a training file is kept from training."""
+    return _share(hashlib.sha256(picture).hexdigest()) < HELD_OUT_SHARE
 
 
 def _share(text: str) -> float:

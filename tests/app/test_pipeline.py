@@ -29,6 +29,7 @@ from hysafe.app.pipeline import (
 )
 from hysafe.app.scan import scan
 from hysafe.data.images import content_hash
+from hysafe.encoder.pretrained import resolve_folder
 from hysafe.index import Collection
 from hysafe.score.calibration import Calibration, ModalityCalibration
 from hysafe.taxonomy import Policy
@@ -316,7 +317,7 @@ def test_encoded_taxonomy_is_cached_under_both_hashes(
     first = load(str(tiny_folder), taxonomy=small, cache=cache)
     first.place(first.view())
     (file,) = cache.iterdir()
-    assert first.hash in file.name
+    assert first.encoder.hash() in file.name
     assert first.taxonomy.hash in file.name
     second = load(str(tiny_folder), taxonomy=small, cache=cache)
 
@@ -376,3 +377,24 @@ def test_item_errors_keep_their_message(tiny_model: SafetyModel) -> None:
 def test_content_hash_is_in_the_result(tiny_model: SafetyModel) -> None:
     (result,) = tiny_model.moderate(images=[png()])
     assert result.hashes.content == content_hash(png(), None)
+
+
+def test_the_hash_depends_on_the_ordinary_items(tiny_model: SafetyModel) -> None:
+    def made(reference: dict[str, torch.Tensor] | None) -> str:
+        encoder = tiny_model.encoder
+        return SafetyModel(
+            encoder, tiny_model.taxonomy, tiny_model.calibration, reference=reference
+        ).hash
+
+    one = {"text": torch.zeros(3, tiny_model.encoder.dim)}
+    assert made(None) == made({})
+    assert (
+        len({made(None), made(one), made({"image": one["text"]}), made({"text": one["text"] + 1})})
+        == 4
+    )
+
+
+def test_the_bundled_node_features_are_those_of_the_bundled_weights() -> None:
+    model = load("mini", towers=False)
+    name = f"nodes-{model.encoder.hash()}-{model.taxonomy.hash}.safetensors"
+    assert [p.name for p in resolve_folder("mini").glob("nodes-*")] == [name]
