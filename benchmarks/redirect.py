@@ -14,7 +14,6 @@ is the label of the item, not the rating that the model gave it. Pairs are split
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import tempfile
 import zlib
@@ -25,12 +24,15 @@ from hysafe.app.pipeline import SafetyModel, ScanOptions, load
 from hysafe.app.redirect import redirect_queries
 from hysafe.app.scan import scan
 from hysafe.data.contrast import contrast_set
-from hysafe.data.datamodule import HELD_OUT_SHARE, _share
+from hysafe.data.datamodule import held_out
 from hysafe.data.images import decode
 from hysafe.data.sources import data_root, iter_samples
 from hysafe.geometry import Points
 from hysafe.index import Collection
 from hysafe.types import Sample
+
+# Of a plain search: as in the product, and by distance alone, as redirection orders.
+ORDERS: tuple[dict[str, float], ...] = ({}, {"radius_share": 0.0})
 
 
 def main() -> None:
@@ -56,20 +58,27 @@ def main() -> None:
             Path(folder), model, [s for s in texts if not _asks(s)], pictures[::2]
         )
         asked = [s for s in texts if _asks(s) and not s.safe]
-        print("| queries | n | plain search | redirected |\n|---|---|---|---|")
+        print(
+            "| queries | n | plain search | by distance alone | redirected |\n|---|---|---|---|---|"
+        )
         risky = [p for p in pictures[1::2] if not p.safe]
         for name, queries, channel in (
             ("risky texts, best answer is safe", _text(model, asked), "text"),
             ("risky pictures, best answer is safe", _images(model, risky), "image"),
         ):
-            plain = collection.search(queries, model=model.hash, k=1)
-            before = [bool(hits) and label[_id(collection, hits[0].row)]["safe"] for hits in plain]
+            plain = [
+                [
+                    bool(hits) and label[_id(collection, hits[0].row)]["safe"]
+                    for hits in collection.search(queries, model=model.hash, k=1, **order)
+                ]
+                for order in ORDERS
+            ]
             for bound in a.at_most:
                 moved = redirect_queries(
                     collection, model, queries, channel=channel, k=1, at_most=bound
                 )
                 after = [bool(r.found) and label[r.found[0].item.id]["safe"] for r in moved]
-                _line(name if bound is None else f"{name} ({bound:g})", before, after)
+                _line(name if bound is None else f"{name} ({bound:g})", *plain, after)
         classes = sorted({p.extra["name"] for p in pictures if p.safe})
         harmless = [p for p in pictures[1::2] if p.safe]
         phrases = [Sample(n, "", f"a photo of a {n}", None, (), True, None, {}) for n in classes]
@@ -80,11 +89,13 @@ def main() -> None:
         ):  # fmt: skip
             # pictures only on both sides: the question is which picture comes back
             where = "modality = 'image'"
-            plain = collection.search(queries, model=model.hash, k=10, where=where)
-            before = [
-                t in [label[_id(collection, h.row)]["name"] for h in hits]
-                for t, hits in zip(truth, plain, strict=True)
-            ]
+            plain = []
+            for order in ORDERS:
+                hits_of = collection.search(queries, model=model.hash, k=10, where=where, **order)
+                plain.append([
+                    t in [label[_id(collection, h.row)]["name"] for h in hits]
+                    for t, hits in zip(truth, hits_of, strict=True)
+                ])  # fmt: skip
             for bound in a.at_most:
                 moved = redirect_queries(
                     collection, model, queries, channel=channel, where=where, k=10, at_most=bound
@@ -93,12 +104,7 @@ def main() -> None:
                     t in [label[f.item.id]["name"] for f in r.found]
                     for t, r in zip(truth, moved, strict=True)
                 ]
-                _line(name if bound is None else f"{name} ({bound:g})", before, after)
-
-
-def held_out(picture: bytes) -> bool:
-    """Whether no training has seen a picture."""
-    return _share(hashlib.sha256(picture).hexdigest()) < HELD_OUT_SHARE
+                _line(name if bound is None else f"{name} ({bound:g})", *plain, after)
 
 
 def build(
@@ -146,9 +152,9 @@ def _id(collection: Collection, row: int) -> str:
     return str(collection._names[row])  # type: ignore[attr-defined]
 
 
-def _line(name: str, before: list[bool], after: list[bool]) -> None:
-    n = len(before)
-    print(f"| {name} | {n} | {sum(before) / n:.3f} | {sum(after) / n:.3f} |", flush=True)
+def _line(name: str, *found: list[bool]) -> None:
+    shares = " | ".join(f"{sum(f) / len(f):.3f}" for f in found)
+    print(f"| {name} | {len(found[0])} | {shares} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from redirect import held_out
 
 from hysafe.app.pipeline import load
 from hysafe.data.contrast import contrast_set
+from hysafe.data.datamodule import held_out
 from hysafe.data.images import decode
 from hysafe.data.sources import data_root, iter_samples
 from hysafe.geometry import Points

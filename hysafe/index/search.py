@@ -49,7 +49,7 @@ FORMAT = 2
 # Points up to which a search is exact where nobody says how.
 EXACT_UP_TO = 2_000_000
 # Share of the points that an approximate search reads, and at least so many for each item wanted.
-PROBED_SHARE, PROBED_LEAST, PROBED_PER_ITEM = 0.08, 10_000, 100
+PROBED_SHARE, PROBED_LEAST, PROBED_PER_ITEM = 0.06, 10_000, 100
 # Queries at once, exact and approximate, and scores of one product: 1 MiB, which stays in the cache.
 QUERY_BLOCK, PROBE_BLOCK = 128, 256
 SCORES, MOST_ROWS = 1 << 18, 16384
@@ -374,7 +374,6 @@ class PointIndex:
         """
         self._check(query)
         share = radius_share if self.geometry == "lorentz" else 0.0
-        off = self._off(share)
         cells = self.cells if approximate else None
         if approximate and cells is None:
             self._warn()
@@ -395,7 +394,7 @@ class PointIndex:
                 q = tangents[torch.from_numpy(block)]
                 best = _Shortlist(len(q), shortlist)
                 if cells is None:
-                    self._read_all(self._bounding(q), best, allowed, off)
+                    self._read_all(self._bounding(q), best, allowed, share)
                 else:
                     self._read_cells(cells, self._bounding(q), best, allowed, k, share)
                 bound, index = best.sorted()
@@ -429,7 +428,7 @@ class PointIndex:
                 f"{self.c:g}. Encode it with the collection's model."
             )
 
-    def _off(self, share: float) -> np.ndarray | None:
+    def _discount(self, share: float) -> np.ndarray | None:
         """What is taken off the distances of points [P, 1], times the root of c; None for nothing."""
         if not share:
             return None
@@ -442,10 +441,10 @@ class PointIndex:
         query: np.ndarray,
         best: _Shortlist,
         allowed: np.ndarray | None,
-        off: np.ndarray | None,
+        share: float,
     ) -> None:
         """Score all points, or those allowed, for queries [Q, D + 1]."""
-        weight = query.T
+        weight, discount = query.T, self._discount(share)
         size = min(MOST_ROWS, max(1, SCORES // len(query)))
         # memory asked for anew for each block costs a tenth of the product
         memory = np.empty((min(size, len(self)), len(query)), dtype=np.float32)
@@ -455,15 +454,15 @@ class PointIndex:
             for low in range(0, len(places), size):
                 block = places[low : low + size]
                 score = np.matmul(self.matrix[block], weight, out=memory[: len(block)])
-                if off is not None:
-                    _nearness(score, self.c, off[block])
+                if discount is not None:
+                    _nearness(score, self.c, discount[block])
                 best.add(score, block)
             return
         for low in range(0, len(self), size):
             block = self.matrix[low : low + size]
             score = np.matmul(block, weight, out=memory[: len(block)])
-            if off is not None:
-                _nearness(score, self.c, off[low : low + size])
+            if discount is not None:
+                _nearness(score, self.c, discount[low : low + size])
             if allowed is not None:
                 score[~allowed[low : low + size]] = -np.inf
             best.add(score, low)
@@ -483,10 +482,9 @@ class PointIndex:
         if self._centers is None:
             self._centers = _extended(cells.centers, self.c, self.geometry)
         near = query @ self._centers.T
-        off = self._off(share)
-        if off is not None:
-            far = _radii(self._centers, self.c).T * np.float32(share)
-            near = _nearness(near, self.c, far)
+        discount = self._discount(share)
+        if discount is not None:
+            _nearness(near, self.c, _radii(self._centers, self.c).T * np.float32(share))
         chosen = cells.nearest(near, sizes, int(wanted))
         # of each query its nearest cells first, so that little of the others is worth keeping
         members: dict[int, list[int]] = {}
@@ -497,8 +495,8 @@ class PointIndex:
             spans = [slice(*cells.starts[n : n + 2]) for n in np.sort(numbers[:first])]
             score = np.concatenate([self.matrix[s] @ query[j] for s in spans])
             places = np.concatenate([np.arange(s.start, s.stop) for s in spans])
-            if off is not None:
-                _nearness(score, self.c, off[places, 0])
+            if discount is not None:
+                _nearness(score, self.c, discount[places, 0])
             if allowed is not None:
                 score[~allowed[places]] = -np.inf
             best.add(score[:, None], places, np.array([j]))
@@ -507,8 +505,8 @@ class PointIndex:
         for n, asking in sorted(members.items()):
             low, high = cells.starts[n : n + 2].tolist()
             score = self.matrix[low:high] @ query[asking].T
-            if off is not None:
-                _nearness(score, self.c, off[low:high])
+            if discount is not None:
+                _nearness(score, self.c, discount[low:high])
             if allowed is not None:
                 score[~allowed[low:high]] = -np.inf
             best.add(score, low, np.array(asking))
@@ -603,15 +601,15 @@ def _radii(matrix: np.ndarray, c: float) -> np.ndarray:
     return radius.astype(np.float32)[:, None]
 
 
-def _nearness(product: np.ndarray, c: float, off: np.ndarray) -> np.ndarray:
-    """Products [n, q], written over: minus the distance (times the root of c) that they stand for,
-    and what is taken off it [n, 1]."""
+def _nearness(product: np.ndarray, c: float, discount: np.ndarray) -> None:
+    """Write over products [n, q]: the discount [n, 1] less the distance that they stand for, both times
+    the root of c."""
     np.multiply(product, -c, out=product)
     np.maximum(product, 1.0, out=product)
     root = np.sqrt(product * product - 1.0)
     np.add(product, root, out=product)
     np.log(product, out=product)
-    return np.subtract(off, product, out=product)
+    np.subtract(discount, product, out=product)
 
 
 class _Shortlist:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -296,6 +297,7 @@ def test_search_from_the_command_line(
     for arguments in (
         ["search", out], ["search", out, "x", "--node", "6.1"], ["search", out, "--like", "none"],
         ["search", out, "x", "--where", "no such column"], ["search", out, "x", "-k", "0"],
+        ["search", out, "x", "--radius-share", "2"],
     ):  # fmt: skip
         assert main(arguments) == 2
         assert capsys.readouterr().err.count("\n") == 1
@@ -307,6 +309,25 @@ def test_search_from_the_command_line(
             error = capsys.readouterr().err
             assert "no collection there" in error
             assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "query"), [("search", ["a pistol"]), ("like", ["--like", "in/red.png"])]
+)
+def test_the_share_of_the_radius_reaches_the_index(
+    scanned: Path, monkeypatch: pytest.MonkeyPatch, method: str, query: list[str]
+) -> None:
+    shares = []
+    inner = getattr(Collection, method)
+
+    def spy(*args: Any, radius_share: float, **kwargs: Any) -> Any:
+        shares.append(radius_share)
+        return inner(*args, radius_share=radius_share, **kwargs)
+
+    monkeypatch.setattr(Collection, method, spy)
+    for arguments in ([], ["--radius-share", "0"], ["--radius-share", "0.25"]):
+        assert main(["search", str(scanned / "out"), *query, *arguments]) == 0
+    assert shares == [0.5, 0.0, 0.25]
 
 
 def test_search_does_not_depend_on_the_dtype_of_the_query(
