@@ -24,7 +24,15 @@ from hysafe.app.pipeline import SafetyModel, ScanOptions
 from hysafe.data.files import MAX_FILE_BYTES, MAX_TEXT_BYTES, error_record, is_address
 from hysafe.data.images import content_hash
 from hysafe.data.inputs import InputReader
-from hysafe.data.remote import RemoteFile, check_scheme, is_remote, locate, uploading, walk
+from hysafe.data.remote import (
+    RemoteFile,
+    check_scheme,
+    is_remote,
+    locate,
+    make_out,
+    uploading,
+    walk,
+)
 from hysafe.data.tables import TEXT_COLUMNS
 from hysafe.errors import InputError
 from hysafe.taxonomy import Policy, Taxonomy
@@ -162,10 +170,7 @@ def annotate(
         out = str(out).rstrip("/")
     else:
         out = Path(out)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--out {out}: cannot be made ({error.strerror}).") from error
+        make_out(out)
     if any(_folder_of(f) == (out if isinstance(out, str) else out.resolve()) for f in files):
         raise InputError(f"--out {out}: the shards stand there. Name another folder.")
     view = model.view(policy)

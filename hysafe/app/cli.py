@@ -429,8 +429,10 @@ def _print_summary(summary: ScanSummary, seconds: float, report: bool, taxonomy:
             name = taxonomy[node].name if node in taxonomy else ""
             top.add_row(node, name, str(count))
         console.print(top)
-    if summary.named:
-        console.print(f"{summary.named} novel items have a name by the guard.")
+    if summary.asked:
+        console.print(
+            f"{summary.asked} novel items reached the guard, {summary.named} have a name by it."
+        )
     if summary.known:
         console.print(f"{summary.known} of them were known: their content was encoded before.")
     if summary.skipped:

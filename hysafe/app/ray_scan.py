@@ -46,7 +46,7 @@ from hysafe.app.scan import (
 )
 from hysafe.app.shards import LINE, Shards, shard_name, shard_table
 from hysafe.app.stored import read_media
-from hysafe.data.remote import local_folder
+from hysafe.data.remote import local_folder, make_out
 from hysafe.data.units import UNIT_FILES, Lister, Unit, UnitReader
 from hysafe.encoder.pretrained import resolve_folder
 from hysafe.errors import (
@@ -156,12 +156,7 @@ def ray_scan(
     check_ray()
     cluster, options = cluster or ClusterOptions(), options or ScanOptions()
     out = local_folder(out, "--out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"--out {out}: cannot be made ({error.strerror}). Name another folder."
-        ) from error
+    make_out(out)
     shards = Shards(_absolute(cluster.shards or str(out / SHARDS)))
     shards.make()
     view = model.view(policy)
@@ -189,7 +184,7 @@ def ray_scan(
         with writing(out):
             _commit(out, meta, shards, pieces, summary, picked)
         shards.sweep()
-        summary.named = name_results(out, model, view, namer)
+        summary.asked, summary.named = name_results(out, model, view, namer)
         with writing(out):
             _report(out, model, view, picked, title)
     return summary

@@ -32,6 +32,7 @@ from hysafe.app.scan import (
     result_of_line,
 )
 from hysafe.app.stored import judge_items, read_media, view_of
+from hysafe.data.remote import make_out
 from hysafe.errors import CollectionError, InputError
 from hysafe.index import Collection, CollectionMeta, CollectionWriter, Decision, EncodedItem, Row
 from hysafe.index.collection import ENCODED, decode_rows
@@ -191,12 +192,7 @@ def rescore(
     view = model.view(policy)
     model.place(view)
     target = collection.folder if out is None else Path(out)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"--out {target}: cannot be made ({error.strerror}). Name another folder."
-        ) from error
+    make_out(target)
     if report is None:
         report = (collection.folder / REPORT).is_file()
     with lock(target):

@@ -20,7 +20,7 @@ from hysafe.app.report import ReportData, write_report
 from hysafe.app.report_rows import ResultLines, StoredTangents
 from hysafe.data.images import thumbnail
 from hysafe.data.inputs import InputReader
-from hysafe.data.remote import local_folder
+from hysafe.data.remote import local_folder, make_out
 from hysafe.errors import CollectionError, InputError
 from hysafe.index import CollectionMeta, EncodedItem
 from hysafe.index.collection import TABLE, Collection
@@ -54,7 +54,8 @@ class ScanSummary:
     Attributes:
         items: number of rows. ratings, nodes, errors: counts. skipped: files that were neither
         pictures nor texts. known: rows that stood there, or whose content was encoded
-        before, for an earlier scan or an earlier row. named: novel items that a guard named.
+        before, for an earlier scan or an earlier row. asked: novel items that a guard answered for.
+        named: those of them that it named.
         out: folder with the three outputs.
     """
 
@@ -62,6 +63,7 @@ class ScanSummary:
     items: int = 0
     known: int = 0
     skipped: int = 0
+    asked: int = 0
     named: int = 0
     ratings: Counter[str] = field(default_factory=Counter)
     nodes: Counter[str] = field(default_factory=Counter)
@@ -120,12 +122,7 @@ def scan(
     reader = InputReader(
         paths, text_column=text_column, image_column=image_column, exclude=[str(out)]
     )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"--out {out}: cannot be made ({error.strerror}). Name another folder."
-        ) from error
+    make_out(out)
     options = options or ScanOptions()
     view = model.view(policy)
     namer = _guard(guard, model)
@@ -169,7 +166,7 @@ def scan(
         finally:
             output.close()
         summary.skipped = reader.skipped
-        summary.named = name_results(out, model, view, namer)
+        summary.asked, summary.named = name_results(out, model, view, namer)
         if report:
             with writing(out):
                 report_scan(out, model, view, shown, title)
@@ -186,14 +183,16 @@ def _guard(name: str | None, model: SafetyModel) -> GuardNamer | None:
     return load_guard(name, model)
 
 
-def name_results(out: Path, model: SafetyModel, view: PolicyView, namer: GuardNamer | None) -> int:
-    """Names for the novel items in `out`, in place of those of an earlier scan's guard; how many got
-    one. Without a namer there are none."""
+def name_results(
+    out: Path, model: SafetyModel, view: PolicyView, namer: GuardNamer | None
+) -> tuple[int, int]:
+    """Names for the novel items in `out`, in place of those of an earlier scan's guard: how many the
+    namer answered for, and how many got one. Without a namer there are none."""
     from hysafe.app.guard_namer import name_novel, write_names
 
     names = {} if namer is None else name_novel(Collection.open(out), model, view, namer)
     with writing(out):
-        return write_names(out / RESULTS, names)
+        return len(names), write_names(out / RESULTS, names)
 
 
 def _commits(batches: Iterable[list[Judgement]], options: ScanOptions) -> Iterator[list[Judgement]]:

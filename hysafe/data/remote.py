@@ -32,8 +32,8 @@ from hysafe.data.files import (
 from hysafe.errors import InputError, MissingExtraError
 
 __all__ = [
-    *("Ahead", "Found", "RemoteFile", "Root", "SCHEMES", "ahead", "check_scheme"),
-    *("is_remote", "join", "local_folder", "locate", "opener_beside", "uploading", "walk"),
+    *("Ahead", "Found", "RemoteFile", "Root", "SCHEMES", "ahead", "check_scheme", "is_remote"),
+    *("join", "local_folder", "locate", "make_out", "opener_beside", "uploading", "walk"),
 ]
 
 # Scheme -> what pip installs for it.
@@ -275,6 +275,20 @@ def uploading(address: str) -> Iterator[Path]:
 def join(address: str, inner: str) -> str:
     """The address, or a driver's name, of something below another one."""
     return f"{address.rstrip('/')}/{inner}"
+
+
+def make_out(out: Path) -> None:
+    """Make the folder that ``--out`` names.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--out {out}: cannot be made ({error.strerror}). Name another folder."
+        ) from error
 
 
 def local_folder(path: str | Path, what: str) -> Path:
