@@ -10,9 +10,10 @@ node*: precision and recall of the items whose first node is an accepted one; AP
 *own words*: the same where the new node has the hidden category's own name, definition and synonyms, as
 a person might write it.
 
-``--pictures runs/held_out/model``: the same for held-out classes of Tiny-ImageNet (``--classes``, joined
-by ``+`` to groups), with a model that was trained without them, whose novelty is calibrated on half of
-the other pictures.
+``--pictures mini --hidden S.b6 S.b2``: the same for pictures of one kind among Tiny-ImageNet's validation
+pictures. The taxonomy lacks the node; the tower was trained with such pictures. Novelty, and the cones of new
+nodes, are calibrated on half of the other pictures. ``--pictures runs/held_out/model`` hides classes
+(``--classes``, joined by ``+`` to groups) that the tower was trained without.
 
 ``--clusters`` compares ways to cluster on intents of CLINC150 and on categories of the contrast set,
 with strays, and ways to compare phrases with items.
@@ -60,9 +61,9 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--data", help="development data (default: HYSAFE_DATA)")
     parser.add_argument(
-        "--hidden", nargs="*", default=["2.5", "6.4", "7.2"], help="categories, one at a time"
+        "--hidden", nargs="*", help="nodes, one at a time (default for texts: 2.5 6.4 7.2)"
     )
-    parser.add_argument("--pictures", metavar="MODEL", help="held-out classes, with this model")
+    parser.add_argument("--pictures", metavar="MODEL", help="pictures, with this model")
     parser.add_argument("--classes", nargs="*", help="default: all held-out ones; A+B is one group")
     parser.add_argument("--clusters", action="store_true", help="compare ways to cluster and name")
     parser.add_argument("--namer", default="phrases")
@@ -73,9 +74,12 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         if a.pictures:
-            rows = pictures(a.pictures, a.data, a.classes, Path(folder), a.namer, a.min_size)
+            rows = pictures(
+                a.pictures, a.data, a.hidden, a.classes, Path(folder), a.namer, a.min_size
+            )
         else:
-            rows = texts(a.model, a.hidden, Path(folder), a.namer, a.min_size)
+            hidden = a.hidden or ("2.5", "6.4", "7.2")
+            rows = texts(a.model, hidden, Path(folder), a.namer, a.min_size)
         print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
         numbers, called = [], []
         for hidden, row, names in rows:
@@ -113,17 +117,17 @@ def texts(
         truth = np.array([s.nodes == (category,) and not s.safe for s in samples])
         asked = _with(model, without(full, category))
         node = full[category]
-        own = {"parent": str(node.parent), "name": node.name, "definition": node.definition,
-               "synonyms": list(node.synonyms)}  # fmt: skip
+        own = {"parent": str(node.parent), **_words(full, category)}
         label = f"{category} {node.name}"
         yield label, *loop(collection, asked, truth, own, folder / category, namer, min_size)
 
 
 def pictures(
-    name: str, data: str | None, classes: Sequence[str] | None, folder: Path, namer: str,
-    min_size: int,
+    name: str, data: str | None, hidden: Sequence[str] | None, classes: Sequence[str] | None,
+    folder: Path, namer: str, min_size: int,
 ) -> Iterable[Row]:  # fmt: skip
-    """Loop of each held-out class of Tiny-ImageNet, among the validation pictures of the others."""
+    """Loop of each hidden node, or else of each held-out class of Tiny-ImageNet, among the validation
+    pictures of the others."""
     path = data_root(data) / "images" / "tiny_imagenet" / "val.parquet"
     samples = list(iter_samples(str(path), "tiny_imagenet"))
     names = [str(s.extra["name"]) for s in samples]
@@ -138,15 +142,18 @@ def pictures(
     whole = Collection.open(folder / "all")
     order = [int(Path(x).stem) for x in whole.to_arrow(["source"])["source"].to_pylist()]
     names = [names[i] for i in order]
+    nodes = [samples[i].nodes for i in order]
     vectors = whole.vectors()[1]
-    known = np.array([n not in held_out for n in names])
-    for wanted in classes or held_out:
-        group = wanted.split("+")
+    known = np.array([hidden is not None or n not in held_out for n in names])
+    for wanted in hidden or classes or held_out:
+        group, tree = wanted.split("+"), model.taxonomy
         truth = np.array([n in group for n in names])
+        if hidden:
+            truth, tree = np.array([wanted in own for own in nodes]), without(tree, wanted)
         # every other picture of the known classes calibrates, the rest is the collection
         keep = truth | (known & (np.arange(len(names)) % 2 == 0))
         ordinary = vectors[known & ~keep]
-        asked = _with(model, model.taxonomy, _calibrated(model, ordinary))
+        asked = _calibrated(_with(model, tree), ordinary)
         place = folder / wanted.replace(" ", "_")
         place.mkdir()
         for row in np.flatnonzero(keep):
@@ -154,11 +161,15 @@ def pictures(
             link.symlink_to(source / f"{order[row]:06d}.jpg")
         scan([str(place)], place / "scan", asked, options=ScanOptions(256, 0), report=False)
         collection = Collection.open(place / "scan")
-        own = {
-            "parent": "D2", "name": " or ".join(group),
-            "definition": f"A picture of a {' or a '.join(group)}.",
-            "synonyms": list(dict.fromkeys(c for n in group for c in (n, *chains[n][-2:]))),
-        }  # fmt: skip
+        if hidden:
+            own = {"parent": "D2", **_words(model.taxonomy, wanted)}
+            wanted = f"{wanted} {own['name']}"
+        else:
+            own = {
+                "parent": "D2", "name": " or ".join(group),
+                "definition": f"A picture of a {' or a '.join(group)}.",
+                "synonyms": list(dict.fromkeys(c for n in group for c in (n, *chains[n][-2:]))),
+            }  # fmt: skip
         yield wanted, *loop(collection, asked, truth[keep], own, place / "loop", namer, min_size)
 
 
@@ -215,6 +226,12 @@ def figures(
             detection(ranked[~truth], ranked[truth]).aupr]  # fmt: skip
 
 
+def _words(taxonomy: Taxonomy, node: str) -> dict[str, Any]:
+    """Name, definition and synonyms of a node."""
+    own = taxonomy[node]
+    return {"name": own.name, "definition": own.definition, "synonyms": list(own.synonyms)}
+
+
 def without(taxonomy: Taxonomy, category: str) -> Taxonomy:
     """The taxonomy as if nobody had thought of a category: without its concepts and sibling."""
     gone = {category, taxonomy[category].sibling, *(n.id for n in taxonomy.descendants(category))}
@@ -222,29 +239,31 @@ def without(taxonomy: Taxonomy, category: str) -> Taxonomy:
     return Taxonomy(kept, name=taxonomy.name, version=taxonomy.version)
 
 
-def _with(
-    model: SafetyModel, taxonomy: Taxonomy, calibration: Calibration | None = None
-) -> SafetyModel:
-    """The model over another taxonomy, or with another calibration."""
+def _with(model: SafetyModel, taxonomy: Taxonomy) -> SafetyModel:
+    """The model over another taxonomy."""
     made = SafetyModel(
-        model.encoder, taxonomy, calibration or model.calibration, name=model.name,
-        reference=model.reference,
-    )  # fmt: skip
+        model.encoder, taxonomy, model.calibration, name=model.name, reference=model.reference
+    )
     made._features.update(model._features)  # the phrases are encoded once
     return made
 
 
-def _calibrated(model: SafetyModel, ordinary: np.ndarray) -> Calibration:
-    """The picture channel with p-values from ordinary pictures, and the slope of `mini`."""
+def _calibrated(model: SafetyModel, ordinary: np.ndarray) -> SafetyModel:
+    """The model with p-values, and cones of new nodes, by ordinary pictures; the slope is that of `mini`."""
     view = model.view()
     _, apexes = model.place(view)
-    points = Points.from_tangent(torch.from_numpy(ordinary).double(), apexes.c, apexes.geometry)
+    tangents = torch.from_numpy(ordinary)
+    points = Points.from_tangent(tangents.double(), apexes.c, apexes.geometry)
     _, scores = model._scores(points, view, "image")
     grids = (quantile_grid(scores.energy), quantile_grid(scores.policy_evidence))
     slope = load("mini", towers=False).calibration.channel("image")
-    return Calibration({
-        "image": replace(slope, distribution=grids[0], policy=grids[1], n=len(ordinary))
-    })  # fmt: skip
+    fit = replace(slope, distribution=grids[0], policy=grids[1], n=len(ordinary))
+    made = SafetyModel(
+        model.encoder, model.taxonomy, Calibration({"image": fit}), name=model.name,
+        reference={**model.reference, "image": tangents},
+    )  # fmt: skip
+    made._features.update(model._features)
+    return made
 
 
 # ---------------------------------------------------------------- ways to cluster and to name

@@ -7,6 +7,7 @@ different channels are never in one cluster, for their points lie apart.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ from hysafe.guard.naming import Namer, PhraseNamer, Whitening
 from hysafe.guard.similarity import minilm_embed
 from hysafe.index import Collection, EncodedItem
 from hysafe.taxonomy import Policy, PolicyView, Taxonomy
+from hysafe.taxonomy.policy import Example
 
 __all__ = [
     *("PROPOSALS", "Accepted", "Discovery", "accept", "discover", "load_namer", "novel_places"),
@@ -45,8 +47,9 @@ __all__ = [
 PROPOSALS = "proposals.yaml"
 # Novel items that are looked at; of more, a sample. Ordinary items that the space is whitened by.
 MOST_ITEMS, REFERENCE = 20_000, 4000
-# Members of a cluster that are named, those nearest to its middle first.
-NAMED = 48
+# Members of a cluster that are named, and pictures of it that a new node takes as examples, those nearest
+# to its middle first.
+NAMED, PICTURES = 48, 20
 CHUNK = 2048
 NOVELTY = ("novelty_policy", "novelty_distribution")
 COLUMNS = (*NOVELTY, "rating", "node", "error")
@@ -162,6 +165,7 @@ def discover(
                 points.margin(apexes).numpy(), points[:1], _double(apexes), view,
                 ids=[found.ids[k] for k in cluster.members], channel=channel,
                 p_unsafe=float(np.mean([found.p_unsafe[k] for k in cluster.members])), key=key,
+                pictures=_pictures(collection, found, cluster.members) if channel == "image" else (),
             )
         )  # fmt: skip
     places = {c: np.array(found.places, np.int64) for c, found in by_channel.items()}
@@ -231,6 +235,19 @@ def _order(channel: Channel, row: int) -> tuple[float, float]:
     """Least p-value first, then greatest risk."""
     values = (channel.novelty[row].policy, channel.novelty[row].distribution)
     return min((v for v in values if v is not None), default=1.0), -channel.risk[row]
+
+
+def _pictures(collection: Collection, found: _Novel, members: np.ndarray) -> list[Example]:
+    """Files of the first members of a cluster, those that are still there and unchanged."""
+    items = collection.take([found.places[k] for k in members[:PICTURES]])
+    files = [item for item in items if Path(item.source).is_file()]
+    media = read_media(files)
+    shown = [(item.source, media[item.id].image) for item in files if item.id in media]
+    return [
+        Example(str(Path(source).absolute()), hashlib.sha256(image).hexdigest())
+        for source, image in shown
+        if image
+    ]
 
 
 def _reference(

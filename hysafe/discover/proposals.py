@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from hysafe.geometry import Points
 from hysafe.guard.naming import Naming
 from hysafe.guard.rewards import token_f1
 from hysafe.taxonomy import Policy, PolicyView, Taxonomy
+from hysafe.taxonomy.policy import Example, example_of, is_example
 from hysafe.taxonomy.reading import parse_yaml, read_text
 
 __all__ = [
@@ -46,6 +47,7 @@ HEAD = """\
 # Proposed by hysafe discover. Read the examples, correct name, parent, definition and synonyms, set
 # `accept: true` where the proposal is right, then: hysafe discover accept THIS_FILE --out policy.yaml
 # `parent` is a domain (D6: a new category), a category (6.1: a concept of it) or S (a harmless place).
+# `pictures` become the example pictures of the node, by which pictures are judged: remove wrong ones.
 """
 
 
@@ -81,7 +83,7 @@ class Proposal:
             :class:`hysafe.discover.clusters.Cluster`. agreement: see :class:`Named`.
         held: share of the members in the parent's cone. p_unsafe: mean of the members.
         nearest: active categories, nearest first. examples: ids of items, the medoid first.
-        rationale: the namer's, for the name.
+        rationale: the namer's, for the name. pictures: files of members, for the node's examples.
     """
 
     key: int
@@ -96,6 +98,7 @@ class Proposal:
     nearest: tuple[Near, ...] = ()
     examples: tuple[str, ...] = ()
     rationale: str = ""
+    pictures: tuple[Example, ...] = ()
     # rows of the members, the medoid first; not in the file
     members: tuple[int, ...] = field(default=(), compare=False)
 
@@ -119,6 +122,7 @@ class Proposal:
                  "distance": round(n.distance, DIGITS)} for n in self.nearest
             ],
             "rationale": self.rationale, "examples": list(self.examples),
+            **({"pictures": [asdict(e) for e in self.pictures]} if self.pictures else {}),
         }  # fmt: skip
 
 
@@ -135,6 +139,7 @@ def propose(
     channel: str = "",
     p_unsafe: float = 0.0,
     key: int = 1,
+    pictures: Sequence[Example] = (),
 ) -> Proposal:
     """The node that a cluster of n items would be.
 
@@ -144,7 +149,7 @@ def propose(
         margins: cone margins of the members to all nodes of the view [n, N].
         medoid: point of the medoid [1, D]. apexes: of the nodes [N, D], in taxonomy order.
         ids: of the members. p_unsafe: their mean.
-        key: number of the proposal.
+        key: number of the proposal. pictures: files of members.
     """
     called = central_name([n.name for n in names if n is not None], encode)
     parent, held = best_parent(margins, view)
@@ -159,7 +164,8 @@ def propose(
     return Proposal(
         key, rule, False, len(cluster.members), channel, cluster.purity,
         called.agreement if called is not None else 0.0, held, p_unsafe, nearest,
-        tuple(ids[:EXAMPLES]), why, tuple(cluster.members.tolist()),
+        tuple(ids[:EXAMPLES]), why, tuple(pictures),
+        tuple(cluster.members.tolist()),
     )  # fmt: skip
 
 
@@ -306,7 +312,18 @@ def _read(data: Any, origin: str) -> Proposal:
     for needed in ("name", "parent", "definition"):
         if not isinstance(rule.get(needed), str) or not rule[needed].strip():
             raise ConfigError(f"{origin}: proposal {key}: no `{needed}`. Write it as text.")
-    found = Proposal(key, rule, accept, examples=tuple(map(str, data.get("examples") or ())))
+    pictures = data.get("pictures") or []
+    if not isinstance(pictures, list) or not all(map(is_example, pictures)):
+        raise ConfigError(
+            f"{origin}: proposal {key}: `pictures` is no list of files. Write [picture.jpg, "
+            "picture.png], or remove it."
+        )
+    examples = tuple(
+        example_of(e, f"{origin}: proposal {key}", Path(origin).parent) for e in pictures
+    )
+    found = Proposal(
+        key, rule, accept, examples=tuple(map(str, data.get("examples") or ())), pictures=examples
+    )
     shown = {k: data[k] for k in ("channel", "rationale") if isinstance(data.get(k), str)}
     numbers = {
         k: data[k] for k in ("size", "purity", "agreement", "held", "p_unsafe")
@@ -357,7 +374,10 @@ def accepted_policy(
             if f"x.{n}" not in data["nodes"] and f"x.{n}" not in taxonomy
         )  # fmt: skip
         added[proposal.key] = f"x.{number}"
-        data["nodes"][f"x.{number}"] = dict(proposal.rule)
+        parent = proposal.parent
+        text_only = parent in taxonomy and taxonomy[parent].text_only  # takes no pictures
+        shown = [] if text_only else [asdict(e) for e in proposal.pictures]
+        data["nodes"][f"x.{number}"] = {**proposal.rule, **({"examples": shown} if shown else {})}
     made = Policy.from_dict(data, origin="accepted proposals")
     made.apply(taxonomy)
     return made, added

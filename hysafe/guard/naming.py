@@ -29,7 +29,7 @@ from hysafe.taxonomy import PolicyView
 
 __all__ = [
     *("Namer", "Naming", "PhraseNamer", "Whitening"),
-    *("agreement", "borrowed", "bundled_phrases", "restated"),
+    *("THINGS", "agreement", "borrowed", "bundled_phrases", "restated"),
 ]
 
 # Share of the covariance that is replaced by its mean eigenvalue: with some hundred ordinary items in
@@ -46,6 +46,8 @@ VOTERS, VOTE_SCALE = 60, 6.0
 BORROW, BORROW_FROM = 10, 0.4
 # Items compared with all others at once.
 ROWS = 1024
+# The list of what pictures show.
+THINGS = "things.txt"
 FUNCTION_WORDS = frozenset((
     "a", "an", "the", "of", "and", "or", "in", "on", "for", "to", "with", "by", "from", "at", "as",
     "into", "about", "against", "over",
@@ -167,7 +169,7 @@ class PhraseNamer:
 
     Args:
         encode: texts -> points of the items' space, as ``SafetyModel.encode_text``.
-        phrases: names to choose from; by default the bundled list.
+        phrases: names to choose from; by default the bundled lists, one for texts and one of what pictures show.
         reference: whitening of each channel, fitted on ordinary items of it. A channel without one
             is compared by geodesic distance.
         meaning: texts -> unit vectors of what they mean, as :func:`hysafe.guard.similarity.minilm_embed`:
@@ -187,8 +189,10 @@ class PhraseNamer:
         meaning: Callable[[Sequence[str]], Tensor] | None = None,
     ) -> None:
         self._encode, self._meaning = encode, meaning
-        listed = bundled_phrases() if phrases is None else phrases
+        listed = [*bundled_phrases(), *bundled_phrases(THINGS)] if phrases is None else phrases
         self.phrases = tuple(dict.fromkeys(" ".join(p.split()) for p in listed if p.strip()))
+        shown = set() if phrases is not None else {*bundled_phrases(THINGS)} - {*bundled_phrases()}
+        self._shown = np.array([p in shown for p in self.phrases], dtype=bool)
         if not self.phrases:
             raise ConfigError("the namer has no phrases. Give a list of short noun phrases.")
         self._reference = dict(reference or {})
@@ -205,12 +209,13 @@ class PhraseNamer:
     ) -> list[Naming | None]:
         """As :meth:`Namer.name`; the texts play no part."""
         vectors = np.asarray(vectors, np.float64)
-        free = ~restated(self.phrases, view)
+        new = ~restated(self.phrases, view)
         named: list[Naming | None] = [None] * len(vectors)
-        if not free.any():
-            return named
         finite = np.isfinite(vectors).all(1)
         for channel in dict.fromkeys(modalities):
+            free = new & self._listed(channel)
+            if not free.any():
+                continue
             rows = np.flatnonzero(finite & np.array([m == channel for m in modalities]))
             if self._meaning is not None and channel in self._reference:
                 self._agreed(vectors, rows, channel, free, named)
@@ -222,6 +227,10 @@ class PhraseNamer:
                 for row, order, values in zip(part, best, nearness, strict=True):
                     named[row] = self._naming([k for k in order if free[k]], values, unit)
         return named
+
+    def _listed(self, channel: str) -> np.ndarray:
+        """Whether each phrase [P] may name items of a channel."""
+        return self._shown if channel == "image" and self._shown.any() else ~self._shown
 
     def _agreed(
         self, vectors: np.ndarray, rows: np.ndarray, channel: str, free: np.ndarray,
@@ -262,7 +271,7 @@ class PhraseNamer:
         if channel not in self._directions:
             tangents = _double(self._phrase_points().tangent())
             self._directions[channel] = self._reference[channel].directions(
-                tangents, mean=tangents.mean(0)
+                tangents, mean=tangents[self._listed(channel)].mean(0)
             )
         return self._directions[channel]
 
@@ -277,18 +286,21 @@ class PhraseNamer:
         return self._points
 
 
-def bundled_phrases() -> tuple[str, ...]:
+def bundled_phrases(name: str = "phrases.txt") -> tuple[str, ...]:
     """The phrases that come with the package.
+
+    Args:
+        name: of the list; :data:`THINGS` is what pictures show.
 
     Raises:
         ConfigError: the list is not there.
     """
-    path = resources.files("hysafe.assets").joinpath("guard/phrases.txt")
+    path = resources.files("hysafe.assets").joinpath(f"guard/{name}")
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"the list of phrases hysafe/assets/guard/phrases.txt cannot be read ({error}). "
+            f"the list of phrases hysafe/assets/guard/{name} cannot be read ({error}). "
             "Install hysafe again, or give phrases of your own."
         ) from error
     return tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))

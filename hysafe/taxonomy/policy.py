@@ -33,6 +33,7 @@ from hysafe.taxonomy.tree import Kind, Node, Taxonomy
 
 __all__ = [
     *("DEFAULT_THRESHOLD", "MAX_EXAMPLES", "SENSITIVE_THRESHOLD", "Example", "NodeRule", "Policy"),
+    *("example_of", "is_example"),
     *("PolicyView", "ReviewBand"),
 ]
 
@@ -292,6 +293,11 @@ class PolicyView:
         """Whether the node is a risk under this policy."""
         return self.taxonomy[node_id].risky and self.status(node_id) != "non_violating"
 
+    def all_active(self) -> PolicyView:
+        """The same nodes, with nothing switched off and no thresholds."""
+        rules = {n: replace(r, status=None, threshold=None) for n, r in self.policy.rules.items()}
+        return replace(self, policy=replace(self.policy, rules=rules))
+
     def threshold(self, node_id: str) -> float:
         """Score from which the node makes an item unsafe.
 
@@ -362,7 +368,7 @@ def _rule(node_id: str, value: Any, origin: str, folder: pathlib.Path) -> NodeRu
         if value.get(key) is not None and not _is_text(value[key]):
             raise fail(f"`{key}` is {value[key]!r}", "Write it as text, in quotes.")
     examples = value.get("examples") or []
-    if not isinstance(examples, list) or not all(_is_example(e) for e in examples):
+    if not isinstance(examples, list) or not all(map(is_example, examples)):
         raise fail("`examples` is no list of files", "Write [picture.jpg, picture.png].")
     if len(examples) > MAX_EXAMPLES:
         raise fail(f"{len(examples)} examples", f"Keep the best {MAX_EXAMPLES} or fewer.")
@@ -373,12 +379,19 @@ def _rule(node_id: str, value: Any, origin: str, folder: pathlib.Path) -> NodeRu
         value.get("name"),
         value.get("definition"),
         tuple(synonyms),
-        tuple(_example(e, f"{origin}: node {node_id}", folder) for e in examples),
+        tuple(example_of(e, f"{origin}: node {node_id}", folder) for e in examples),
     )
 
 
-def _example(value: str | Mapping[str, str], where: str, folder: pathlib.Path) -> Example:
-    """An example as a policy file gives it: a path, read for its hash, or both."""
+def example_of(value: str | Mapping[str, str], where: str, folder: pathlib.Path) -> Example:
+    """An example as a policy file gives it: a path, read for its hash, or both.
+
+    Args:
+        where: named in the error. folder: what the path starts from.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     file, known = (value, None) if isinstance(value, str) else (value["file"], value["sha256"])
     path = (folder / file).absolute()
     if known is not None:
@@ -396,7 +409,8 @@ def _example(value: str | Mapping[str, str], where: str, folder: pathlib.Path) -
         ) from error
 
 
-def _is_example(value: object) -> bool:
+def is_example(value: object) -> bool:
+    """Whether :func:`example_of` takes it."""
     if not isinstance(value, dict):
         return _is_text(value)
     return (

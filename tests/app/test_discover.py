@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -69,7 +70,7 @@ def scanned(
 
 @pytest.fixture
 def few_phrases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hysafe.guard.naming.bundled_phrases", lambda: tuple(PHRASES))
+    monkeypatch.setattr("hysafe.guard.naming.bundled_phrases", lambda *_: tuple(PHRASES))
 
 
 @pytest.mark.usefixtures("few_phrases")
@@ -181,6 +182,10 @@ def test_pictures_and_texts_are_never_in_one_cluster(
         assert members[: len(p.examples)] == list(p.examples)
         assert {"red" in m for m in members} == {p.channel == "image"}
         assert p.name.startswith("Unnamed" if p.channel == "image" else "Ivory")
+        assert len(p.pictures) == (p.size if p.channel == "image" else 0)
+        for example, member in zip(p.pictures, members, strict=False):
+            assert Path(example.file).name in member
+            assert hashlib.sha256(Path(example.file).read_bytes()).hexdigest() == example.sha256
     bounded = discover(collection, tiny_model, namer=namer, min_size=2, most=9)
     assert (bounded.used, bounded.novel) == (9, len(places))
     assert sum(p.size for p in bounded.proposals) <= 9

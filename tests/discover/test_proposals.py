@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from hysafe.errors import ConfigError, TaxonomyError
 from hysafe.geometry import Points
 from hysafe.guard.naming import Naming
 from hysafe.taxonomy import Policy, PolicyView, load_taxonomy
+from hysafe.taxonomy.policy import Example
 
 TAXONOMY = load_taxonomy()
 IDS = [n.id for n in TAXONOMY]
@@ -118,6 +120,35 @@ def test_a_cluster_that_cannot_be_named_still_has_a_proposal(view: PolicyView) -
                    ids=list("abcd"), key=3)  # fmt: skip
     assert made.name == "Unnamed 3"
     assert made.agreement == 0
+
+
+def test_pictures_of_the_members_become_examples_of_the_node(
+    view: PolicyView, tmp_path: Path
+) -> None:
+    shown = [Example(str(tmp_path / f"{k}.png"), f"{k}" * 64) for k in range(3)]
+    points = Points.from_tangent(torch.ones(1, 3).double(), 1.0)
+    apexes = Points.from_tangent(torch.ones(len(IDS), 3).double(), 1.0)
+
+    def made(**inside: float) -> Proposal:
+        return propose(Cluster(np.arange(4), 1.0), [None] * 4, encode, margins(**inside), points,
+                       apexes, view, ids=list("abcd"), channel="image", pictures=shown)  # fmt: skip
+
+    path = tmp_path / "p.yaml"
+    write_proposals(path, [made(D6=0.2)], Policy(), {})
+    path.write_text(
+        path.read_text().replace(f"  - file: {shown[1].file}\n    sha256: '{'1' * 64}'\n", "")
+    )
+    (read,), _, _ = read_proposals(path)
+    assert read.pictures == (shown[0], shown[2])  # a person took one out
+    policy, nodes = accepted_policy([read], Policy(), TAXONOMY, only=[1])
+    assert policy.rules[nodes[1]].examples == (shown[0], shown[2])
+    text_only = next(n.id for n in TAXONOMY if n.kind == "category" and n.text_only)
+    moved = replace(read, rule={**read.rule, "parent": text_only})
+    policy, nodes = accepted_policy([moved], Policy(), TAXONOMY, only=[1])
+    assert policy.rules[nodes[1]].examples == ()
+    path.write_text("proposals: [{key: 1, name: n, parent: D6, definition: d, pictures: 3}]")
+    with pytest.raises(ConfigError, match="`pictures` is no list"):
+        read_proposals(path)
 
 
 def test_a_file_comes_back_as_a_person_left_it(view: PolicyView, tmp_path: Path) -> None:

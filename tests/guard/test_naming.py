@@ -12,7 +12,15 @@ import torch
 from hysafe.errors import ConfigError
 from hysafe.geometry import Points
 from hysafe.guard.corpus import PhraseIndex
-from hysafe.guard.naming import PhraseNamer, Whitening, agreement, borrowed, restated
+from hysafe.guard.naming import (
+    THINGS,
+    PhraseNamer,
+    Whitening,
+    agreement,
+    borrowed,
+    bundled_phrases,
+    restated,
+)
 from hysafe.taxonomy import Policy, PolicyView, load_taxonomy
 
 WORDS = ["laser pointers", "old coins", "garden tools", "tusk carvings"]
@@ -200,3 +208,25 @@ def test_too_few_vectors_are_only_centred(rows: np.ndarray) -> None:
     assert whitening.matrix.tolist() == np.eye(3).tolist()
     far = whitening.mean + np.array([0, 2, 0])
     assert whitening.directions(far[None]).tolist() == [[0, 1, 0]]
+
+
+def test_pictures_are_named_by_what_they_show_and_texts_are_not(view: PolicyView) -> None:
+    asked: list[str] = []
+
+    def encode(texts: Sequence[str]) -> Points:
+        asked.extend(texts)
+        generator = torch.Generator().manual_seed(0)
+        return Points.from_tangent(torch.randn(len(texts), 3, generator=generator), 1.0)
+
+    vectors = np.random.default_rng(0).normal(size=(40, 3))
+    namer = PhraseNamer(encode)
+    things, phrases = bundled_phrases(THINGS), bundled_phrases()
+    shown, said = (
+        {n.name for n in namer.name(vectors, [c] * 40, [""] * 40, view) if n}
+        for c in ("image", "text")
+    )
+    assert shown
+    assert shown <= set(things)
+    assert said <= set(phrases)
+    assert set(asked) == {*things, *phrases}
+    assert len(things) == len(set(things)) > 500
