@@ -15,6 +15,9 @@ pictures. The taxonomy lacks the node; the tower was trained with such pictures.
 nodes, are calibrated on half of the other pictures. ``--pictures runs/held_out/model`` hides classes
 (``--classes``, joined by ``+`` to groups) that the tower was trained without.
 
+``--both 7.2 S.b6``: one collection of the texts and the pictures, whose taxonomy lacks a category of the
+texts and a node of the pictures; proposals of both are accepted at once.
+
 ``--clusters`` compares ways to cluster on intents of CLINC150 and on categories of the contrast set,
 with strays, and ways to compare phrases with items.
 """
@@ -49,8 +52,9 @@ from hysafe.evaluate.novelty_data import read_held_out
 from hysafe.geometry import Points
 from hysafe.guard.naming import Namer, Whitening
 from hysafe.index import Collection
-from hysafe.score.calibration import Calibration, quantile_grid
+from hysafe.score.calibration import quantile_grid
 from hysafe.taxonomy import Policy, Taxonomy, load_taxonomy
+from hysafe.types import Sample
 
 COLUMNS = ("hidden", "items", "novel", "of others", "clusters", "accepted", "new node P", "R", "AP",
            "own words P", "R", "AP")  # fmt: skip
@@ -65,6 +69,7 @@ def main() -> None:
     )
     parser.add_argument("--pictures", metavar="MODEL", help="pictures, with this model")
     parser.add_argument("--classes", nargs="*", help="default: all held-out ones; A+B is one group")
+    parser.add_argument("--both", nargs=2, metavar="NODE", help="hidden in texts and in pictures")
     parser.add_argument("--clusters", action="store_true", help="compare ways to cluster and name")
     parser.add_argument("--namer", default="phrases")
     parser.add_argument("--min-size", type=int, default=8)
@@ -73,7 +78,9 @@ def main() -> None:
         compare(load(a.model), a.data)
         return
     with tempfile.TemporaryDirectory() as folder:
-        if a.pictures:
+        if a.both:
+            rows = both(a.model, a.data, a.both, Path(folder), a.namer, a.min_size)
+        elif a.pictures:
             rows = pictures(
                 a.pictures, a.data, a.hidden, a.classes, Path(folder), a.namer, a.min_size
             )
@@ -104,11 +111,7 @@ def texts(
     name: str, hidden: Sequence[str], folder: Path, namer: str, min_size: int
 ) -> Iterable[Row]:
     """Loop of each hidden category of the contrast set."""
-    samples = contrast_set(("validation", "test"))
-    # so that a category is no needle in a haystack: all that there is of it
-    samples += [s for s in contrast_set("train") if s.nodes[0] in hidden and not s.safe]
-    source = folder / "texts.jsonl"
-    source.write_text("".join(json.dumps({"text": s.text}) + "\n" for s in samples))
+    samples, source = _sentences(hidden, folder)
     model = load(name)
     scan([str(source)], folder / "scan", model, options=ScanOptions(256, 0), report=False)
     collection = Collection.open(folder / "scan")
@@ -128,15 +131,10 @@ def pictures(
 ) -> Iterable[Row]:  # fmt: skip
     """Loop of each hidden node, or else of each held-out class of Tiny-ImageNet, among the validation
     pictures of the others."""
-    path = data_root(data) / "images" / "tiny_imagenet" / "val.parquet"
-    samples = list(iter_samples(str(path), "tiny_imagenet"))
+    samples, source = _pictures(data, folder)
     names = [str(s.extra["name"]) for s in samples]
     chains = {str(s.extra["name"]): tuple(s.extra["hypernyms"]) for s in samples}
     held_out = read_held_out(None)
-    source = folder / "pictures"
-    source.mkdir()
-    for i, s in enumerate(samples):
-        (source / f"{i:06d}.jpg").write_bytes(s.image or b"")
     model = load(name)
     scan([str(source)], folder / "all", model, options=ScanOptions(256, 0), report=False)
     whole = Collection.open(folder / "all")
@@ -171,6 +169,90 @@ def pictures(
                 "synonyms": list(dict.fromkeys(c for n in group for c in (n, *chains[n][-2:]))),
             }  # fmt: skip
         yield wanted, *loop(collection, asked, truth[keep], own, place / "loop", namer, min_size)
+
+
+def both(
+    name: str, data: str | None, hidden: Sequence[str], folder: Path, namer: str, min_size: int
+) -> Iterable[Row]:
+    """Loop of a collection that hides a category of the texts and a node of the pictures."""
+    said, shown = hidden
+    model = load(name)
+    sentences, texts_file = _sentences([said], folder)
+    samples, source = _pictures(data, folder)
+    # every other picture of the known kinds calibrates, the rest is in the collection
+    rest = [i for i, s in enumerate(samples) if i % 2 and shown not in s.nodes]
+    (folder / "rest").mkdir()
+    for i in rest:
+        (source / f"{i:06d}.jpg").rename(folder / "rest" / f"{i:06d}.jpg")
+    scan(
+        [str(folder / "rest")],
+        folder / "ordinary",
+        model,
+        options=ScanOptions(256, 0),
+        report=False,
+    )
+    tree = without(without(model.taxonomy, said), shown)
+    vectors = Collection.open(folder / "ordinary").vectors()[1]
+    asked = _calibrated(_with(model, tree), vectors)
+    scan(
+        [str(texts_file), str(source)],
+        folder / "scan",
+        asked,
+        options=ScanOptions(256, 0),
+        report=False,
+    )
+    before = Collection.open(folder / "scan")
+    sources = before.to_arrow(["source"])["source"].to_pylist()
+    pictures = np.array([Path(x).suffix == ".jpg" for x in sources])
+    truths = {said: np.zeros(len(sources), bool), shown: np.zeros(len(sources), bool)}
+    truths[said][~pictures] = [s.nodes == (said,) and not s.safe for s in sentences]
+    truths[shown][pictures] = [
+        shown in samples[int(Path(x).stem)].nodes
+        for x, p in zip(sources, pictures, strict=True)
+        if p
+    ]
+    novel = np.isin(np.arange(len(sources)), novel_places(before))
+    found = discover(before, asked, namer=namer, min_size=min_size)
+    chosen = {
+        node: [p.key for p in found.proposals if truth[found.members(p)].mean() >= 0.5]
+        for node, truth in truths.items()
+    }
+    keys = sorted({k for own in chosen.values() for k in own})
+    policy, nodes = accepted_policy(found.proposals, Policy(), asked.taxonomy, only=keys)
+    for node, truth in truths.items():
+        row: list[float] = [int(truth.sum()), novel[truth].mean(), novel[~truth].mean(),
+                            len(found.proposals), len(chosen[node])]  # fmt: skip
+        new = [nodes[k] for k in chosen[node]]
+        row += figures(before, asked, truth, folder / f"after {node}", policy, new)
+        own = {"parent": next(n.id for n in tree.domains), **_words(model.taxonomy, node)}
+        words = Policy.from_dict({"name": "own words", "nodes": {"x.1": own}})
+        row += figures(before, asked, truth, folder / f"own {node}", words, ["x.1"])
+        names = [
+            f"{p.name} ({p.size} items, {truth[found.members(p)].mean():.0%} hidden)"
+            for p in found.proposals if p.key in chosen[node]
+        ]  # fmt: skip
+        yield f"{node} {model.taxonomy[node].name}", row, names
+
+
+def _sentences(hidden: Sequence[str], folder: Path) -> tuple[list[Sample], Path]:
+    """The contrast set's sentences, and a file of them."""
+    samples = contrast_set(("validation", "test"))
+    # so that a category is no needle in a haystack: all that there is of it
+    samples += [s for s in contrast_set("train") if s.nodes[0] in hidden and not s.safe]
+    source = folder / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": s.text}) + "\n" for s in samples))
+    return samples, source
+
+
+def _pictures(data: str | None, folder: Path) -> tuple[list[Sample], Path]:
+    """Tiny-ImageNet's validation pictures, and a folder of them, by number."""
+    path = data_root(data) / "images" / "tiny_imagenet" / "val.parquet"
+    samples = list(iter_samples(str(path), "tiny_imagenet"))
+    source = folder / "pictures"
+    source.mkdir()
+    for i, s in enumerate(samples):
+        (source / f"{i:06d}.jpg").write_bytes(s.image or b"")
+    return samples, source
 
 
 def loop(
@@ -259,7 +341,9 @@ def _calibrated(model: SafetyModel, ordinary: np.ndarray) -> SafetyModel:
     slope = load("mini", towers=False).calibration.channel("image")
     fit = replace(slope, distribution=grids[0], policy=grids[1], n=len(ordinary))
     made = SafetyModel(
-        model.encoder, model.taxonomy, Calibration({"image": fit}), name=model.name,
+        model.encoder, model.taxonomy, replace(model.calibration, channels={
+            **model.calibration.channels, "image": fit,
+        }), name=model.name,
         reference={**model.reference, "image": tangents},
     )  # fmt: skip
     made._features.update(model._features)
