@@ -37,7 +37,7 @@ from hysafe.guard.naming import Whitening, bundled_phrases
 from hysafe.guard.protocol import Episode
 from hysafe.guard.similarity import minilm_embed
 from hysafe.guard.split import hidden_nodes
-from hysafe.taxonomy import Taxonomy
+from hysafe.taxonomy import PolicyView, Taxonomy
 from hysafe.types import Sample
 
 __all__ = ["Draw", "GuardData", "GuardWorld", "encode_texts", "evidence_of"]
@@ -99,7 +99,8 @@ def _kept(cache: Path | None, key: str, make: Callable[[], np.ndarray]) -> np.nd
 
 def evidence_of(
     model: SafetyModel, channels: Mapping[str, np.ndarray], texts: Sequence[str], index: PhraseIndex,
-    view: Any = None, *, phrases: int = 16, borrow: bool = False, without: np.ndarray | None = None,
+    view: PolicyView | None = None, *, phrases: int = 16, borrow: bool = False,
+    without: np.ndarray | None = None,
 ) -> list[Evidence]:  # fmt: skip
     """Evidence of n items, each with the same channels.
 
@@ -107,10 +108,11 @@ def evidence_of(
         channels: tangent vectors [n, D] by channel; the margins are the highest of all channels, as
             in a scan.
         texts: what each item says.
-        view: what gives margins and scores; the default policy's without it.
+        view: whose nodes have margins and scores, whether it switches them off or not, as in training;
+            the taxonomy's without it.
         phrases, borrow, without: see :meth:`PhraseIndex.choose`.
     """
-    view = view or model.view()
+    view = model.view() if view is None else view.all_active()
     said = {name: model.score_vectors(name, v, view) for name, v in channels.items()}
     margins = np.max([s.margins for s in said.values()], axis=0).astype(np.float32)
     scores = np.max([s.nodes for s in said.values()], axis=0).astype(np.float32)

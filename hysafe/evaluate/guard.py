@@ -68,10 +68,9 @@ def novelty_of_cones(
     The encoder knows more categories than a policy lists; risk that goes to the others is unlisted.
     Of risk that is new to the encoder it says nothing. No two entries may lie on one path.
     """
-    rows = space.rows()
     found = []
     for item, policy in zip(items, policies, strict=True):
-        listed = [rows[e.node] for e in policy.entries if e.node in rows]
+        listed = space.columns(policy)
         risk = max(float(np.nanmax(item.p_unsafe)), 1e-6)
         found.append(1 - min(1.0, float(item.scores[listed].sum()) / risk))
     return np.array(found)
@@ -82,10 +81,9 @@ def novelty_of_listed(
 ) -> np.ndarray:
     """Entropy [N] of an item's scores over the listed categories: what can be said of risk that is
     new to the encoder, too. No two entries may lie on one path."""
-    rows = space.rows()
     found = []
     for item, policy in zip(items, policies, strict=True):
-        scores = item.scores[[rows[e.node] for e in policy.entries if e.node in rows]].astype(float)
+        scores = item.scores[space.columns(policy)].astype(float)
         share = scores / max(float(scores.sum()), 1e-9)
         found.append(-float((share * np.log(share + 1e-9)).sum()))
     return np.array(found)

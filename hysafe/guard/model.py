@@ -118,6 +118,11 @@ class PolicySpace:
         """Row of each node."""
         return {n: i for i, n in enumerate(self.ids)}
 
+    def columns(self, policy: PromptPolicy) -> list[int]:
+        """Rows of the nodes that a policy lists and the space knows."""
+        rows = self.rows()
+        return [rows[e.node] for e in policy.entries if e.node in rows]
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -126,7 +131,8 @@ class Evidence:
     Args:
         channels: text, image or ocr, each M-th one with a point.
         vectors: tangent vectors [M, D].
-        p_unsafe, distribution: calibrated risk and p-value of novelty [M]; NaN for none.
+        p_unsafe, distribution: calibrated probability of any risk, allowed or not, and p-value of
+            novelty [M]; NaN for none.
         margins, scores: of the item in the cones of the space's nodes [N].
         text: given or read.
         phrases: what may name it, from a list, the best first.

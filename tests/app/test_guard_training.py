@@ -12,7 +12,7 @@ import torch
 import yaml
 
 import hysafe.assets
-from hysafe.app.guard_data import GuardData
+from hysafe.app.guard_data import GuardData, evidence_of
 from hysafe.app.guard_namer import GuardNamer, load_guard, name_novel, write_names
 from hysafe.app.guard_task import guard_main
 from hysafe.app.pipeline import load
@@ -99,6 +99,20 @@ def test_hidden_categories_are_in_no_item_list_or_policy(data: GuardData) -> Non
     assert not gone & {e.node for e in world.writer.policy.entries}
     words = {p.casefold() for n in gone for p in tree[n].phrases}
     assert not words & {p.casefold() for p in [*world.words, *world.index.phrases]}
+
+
+def test_evidence_is_the_same_whatever_a_policy_allows(data: GuardData) -> None:
+    world, model = data.world, data.world.model
+    item = next(i for i in world.train if i.node)
+    rules = {str(item.node): {"status": "non_violating"}}
+    view = model.view(Policy.from_dict({"nodes": rules}))
+    one, other = (
+        evidence_of(model, {"text": item.evidence.vectors}, [""], world.index, v)[0]
+        for v in (None, view)
+    )
+    assert one.scores[model.place(view)[0].index[str(item.node)]] > 0
+    np.testing.assert_array_equal(one.scores, other.scores)
+    np.testing.assert_array_equal(one.p_unsafe, other.p_unsafe)
 
 
 def test_right_answers_are_answers(data: GuardData) -> None:
