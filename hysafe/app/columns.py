@@ -487,58 +487,62 @@ class _Scorer:
     def score(self, points: PointColumn) -> Said:
         """What the model says of the points of a channel."""
         n, risky = len(points.row), len(self.risky)
-        leaves = torch.empty(risky, n, dtype=torch.double)
-        held = torch.empty(risky, n, dtype=torch.bool)
         told = torch.full((6, n), -torch.inf, dtype=torch.double)
         p_unsafe, risk, radius, energy, unheld, picture = told
-        space = torch.empty(n, points.vectors.shape[1], dtype=torch.double)
-        for start in range(0, n, ROWS):
+        kept, top = torch.zeros(n, self.kept), torch.full((n,), -1)
+        found_named: list[_Named] = []
+        for start in range(0, n or 1, ROWS):  # a portion stays in the cache until all is said of it
             part = slice(start, start + ROWS)
             own = self._space(points.vectors[part])
-            space[part], radius[part] = own.space, own.radius()
+            radius[part] = own.radius()
             margins = self.dense.margins(own.space)
             if self.narrow is not None:
                 margins -= self.narrow
-            held[:, part] = margins[:risky] > 0
+            held = margins[:risky] > 0
             logits = margins[: len(self.leaves)].mul_(self.scale)
             split = margins[len(self.leaves) :].mul_(self.scale / self.fit.temperature)
             found = score_leaves(
                 logits, split, self.table, slope=self.fit.slope, offset=self.fit.offset,
                 temperature=self.fit.temperature,
             )  # fmt: skip
-            leaves[:, part], p_unsafe[part] = found.leaves, found.p_unsafe
+            leaves, p_unsafe[part] = found.leaves, found.p_unsafe
             energy[part], unheld[part] = found.energy, found.policy_evidence
-            risk[part] = (found.leaves * self.weight).sum(0).clamp(max=1)
+            risk[part] = (leaves * self.weight).sum(0).clamp(max=1)
             if self.text_picture is not None:
                 picture[part] = logits[self.text_picture]
+            kept[part].index_copy_(1, self.stored, leaves.T.float())
+            if risky:
+                top[part] = self.risky[_first_highest(leaves)]
+            for named in (
+                self._of_leaves(leaves, held),
+                self._of_concepts(leaves, own.space),
+                self._of_domains(leaves, found.p_unsafe),
+            ):
+                found_named.append(named._replace(place=named.place + start))
+        place, node, score, inside = (torch.cat(parts) for parts in zip(*found_named, strict=True))
         row, vectors = points.row, points.vectors
         if (row[1:] == row[:-1]).any():
             chosen = _riskiest(row, risk.numpy())
-            row, vectors = row[chosen], vectors[chosen]
-            at = torch.from_numpy(chosen)
-            leaves, held, space = leaves[:, at], held[:, at], space[at]
+            row, vectors, at = row[chosen], vectors[chosen], torch.from_numpy(chosen)
             p_unsafe, risk, radius, energy, unheld, picture = told[:, at]
-        named = [
-            self._of_leaves(leaves, held),
-            self._of_concepts(leaves, space),
-            self._of_domains(leaves, p_unsafe),
-        ]
+            kept, top = kept[at], top[at]
+            window = torch.full((n,), -1)
+            window[at] = torch.arange(len(at))
+            spoken = window[place] >= 0
+            place, node, score, inside = (
+                window[place][spoken], node[spoken], score[spoken], inside[spoken]
+            )  # fmt: skip
         over = torch.zeros(len(row), dtype=torch.bool)
-        for place, node, score, _ in named:
-            over[place[(score >= self.thresholds[node]) & self.own[node]]] = True
-        place, node, score, inside = (torch.cat(parts) for parts in zip(*named, strict=True))
+        over[place[(score >= self.thresholds[node]) & self.own[node]]] = True
         listed = (score >= LIST_FROM) & self.table.active[node]
-        top = self.risky[_first_highest(leaves)] if risky else torch.full((len(row),), -1)
         seen = ~((picture + energy).exp() < TEXT_PICTURE_SHARE)  # its share of all leaves
-        kept = torch.zeros(self.kept, len(row))
-        kept[self.stored] = leaves.float()
         fit, policy, distribution = self.fit, None, None
         if fit.distribution and fit.policy:
             policy = rounded(conformal_p_values(unheld, fit.policy, fit.n).numpy())
             distribution = rounded(conformal_p_values(energy, fit.distribution, fit.n).numpy())
         return Said(
             row, vectors, p_unsafe.numpy(), risk.numpy(), over.numpy(), radius.numpy(),
-            top.numpy(), policy, distribution, kept.T.contiguous().numpy(), seen.numpy(),
+            top.numpy(), policy, distribution, kept.numpy(), seen.numpy(),
             place[listed].numpy(), node[listed].numpy(), score[listed].numpy(),
             inside[listed].numpy(),
         )  # fmt: skip
