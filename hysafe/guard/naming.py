@@ -189,10 +189,13 @@ class PhraseNamer:
         meaning: Callable[[Sequence[str]], Tensor] | None = None,
     ) -> None:
         self._encode, self._meaning = encode, meaning
-        listed = [*bundled_phrases(), *bundled_phrases(THINGS)] if phrases is None else phrases
-        self.phrases = tuple(dict.fromkeys(" ".join(p.split()) for p in listed if p.strip()))
-        shown = set() if phrases is not None else {*bundled_phrases(THINGS)} - {*bundled_phrases()}
-        self._shown = np.array([p in shown for p in self.phrases], dtype=bool)
+        listed, shown = (
+            (bundled_phrases(), bundled_phrases(THINGS)) if phrases is None else (phrases, ())
+        )
+        said = dict.fromkeys(" ".join(p.split()) for p in listed if p.strip())
+        self.phrases = tuple(said | dict.fromkeys(shown))
+        self._said = np.array([p in said for p in self.phrases], dtype=bool)
+        self._shown = np.array([p in set(shown) for p in self.phrases], dtype=bool)
         if not self.phrases:
             raise ConfigError("the namer has no phrases. Give a list of short noun phrases.")
         self._reference = dict(reference or {})
@@ -230,7 +233,7 @@ class PhraseNamer:
 
     def _listed(self, channel: str) -> np.ndarray:
         """Whether each phrase [P] may name items of a channel."""
-        return self._shown if channel == "image" and self._shown.any() else ~self._shown
+        return self._shown if channel == "image" and self._shown.any() else self._said
 
     def _agreed(
         self, vectors: np.ndarray, rows: np.ndarray, channel: str, free: np.ndarray,
