@@ -28,17 +28,18 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import pdist, squareform
 
-from hysafe.app.discover import Discovery, discover, novel_places
+from hysafe.app.discover import discover, novel_places
 from hysafe.app.pipeline import SafetyModel, ScanOptions, load
 from hysafe.app.rescore import rescore
 from hysafe.app.scan import scan
@@ -50,7 +51,7 @@ from hysafe.discover.clusters import silhouettes
 from hysafe.evaluate.metrics import detection
 from hysafe.evaluate.novelty_data import read_held_out
 from hysafe.geometry import Points
-from hysafe.guard.naming import Namer, Whitening
+from hysafe.guard.naming import Whitening
 from hysafe.index import Collection
 from hysafe.score.calibration import quantile_grid
 from hysafe.taxonomy import Policy, Taxonomy, load_taxonomy
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("--pictures", metavar="MODEL", help="pictures, with this model")
     parser.add_argument("--classes", nargs="*", help="default: all held-out ones; A+B is one group")
     parser.add_argument("--both", nargs=2, metavar="NODE", help="hidden in texts and in pictures")
+    parser.add_argument("--words", action="store_true", help="new nodes without example pictures")
     parser.add_argument("--clusters", action="store_true", help="compare ways to cluster and name")
     parser.add_argument("--namer", default="phrases")
     parser.add_argument("--min-size", type=int, default=8)
@@ -79,14 +81,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         if a.both:
-            rows = both(a.model, a.data, a.both, Path(folder), a.namer, a.min_size)
+            rows = both(*a.both, Path(folder), a)
         elif a.pictures:
-            rows = pictures(
-                a.pictures, a.data, a.hidden, a.classes, Path(folder), a.namer, a.min_size
-            )
+            rows = pictures(Path(folder), a)
         else:
-            hidden = a.hidden or ("2.5", "6.4", "7.2")
-            rows = texts(a.model, hidden, Path(folder), a.namer, a.min_size)
+            rows = texts(a.hidden or ("2.5", "6.4", "7.2"), Path(folder), a)
         print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
         numbers, called = [], []
         for hidden, row, names in rows:
@@ -107,35 +106,29 @@ def shown(value: float) -> str:
 Row = tuple[str, list[float], list[str]]
 
 
-def texts(
-    name: str, hidden: Sequence[str], folder: Path, namer: str, min_size: int
-) -> Iterable[Row]:
+def texts(hidden: Sequence[str], folder: Path, a: Namespace) -> Iterator[Row]:
     """Loop of each hidden category of the contrast set."""
     samples, source = _sentences(hidden, folder)
-    model = load(name)
+    model = load(a.model)
     scan([str(source)], folder / "scan", model, options=ScanOptions(256, 0), report=False)
     collection = Collection.open(folder / "scan")
     full = load_taxonomy()
     for category in hidden:
         truth = np.array([s.nodes == (category,) and not s.safe for s in samples])
         asked = _with(model, without(full, category))
-        node = full[category]
-        own = {"parent": str(node.parent), **_words(full, category)}
-        label = f"{category} {node.name}"
-        yield label, *loop(collection, asked, truth, own, folder / category, namer, min_size)
+        label = f"{category} {full[category].name}"
+        one = Hidden(label, truth, _words(full, category))
+        yield from loop(collection, asked, [one], folder / category, a)
 
 
-def pictures(
-    name: str, data: str | None, hidden: Sequence[str] | None, classes: Sequence[str] | None,
-    folder: Path, namer: str, min_size: int,
-) -> Iterable[Row]:  # fmt: skip
+def pictures(folder: Path, a: Namespace) -> Iterator[Row]:
     """Loop of each hidden node, or else of each held-out class of Tiny-ImageNet, among the validation
     pictures of the others."""
-    samples, source = _pictures(data, folder)
+    samples, source = _pictures(a.data, folder)
     names = [str(s.extra["name"]) for s in samples]
     chains = {str(s.extra["name"]): tuple(s.extra["hypernyms"]) for s in samples}
     held_out = read_held_out(None)
-    model = load(name)
+    model, hidden = load(a.pictures), a.hidden
     scan([str(source)], folder / "all", model, options=ScanOptions(256, 0), report=False)
     whole = Collection.open(folder / "all")
     order = [int(Path(x).stem) for x in whole.to_arrow(["source"])["source"].to_pylist()]
@@ -143,7 +136,7 @@ def pictures(
     nodes = [samples[i].nodes for i in order]
     vectors = whole.vectors()[1]
     known = np.array([hidden is not None or n not in held_out for n in names])
-    for wanted in hidden or classes or held_out:
+    for wanted in hidden or a.classes or held_out:
         group, tree = wanted.split("+"), model.taxonomy
         truth = np.array([n in group for n in names])
         if hidden:
@@ -160,7 +153,7 @@ def pictures(
         scan([str(place)], place / "scan", asked, options=ScanOptions(256, 0), report=False)
         collection = Collection.open(place / "scan")
         if hidden:
-            own = {"parent": "D2", **_words(model.taxonomy, wanted)}
+            own = _words(model.taxonomy, wanted)
             wanted = f"{wanted} {own['name']}"
         else:
             own = {
@@ -168,70 +161,38 @@ def pictures(
                 "definition": f"A picture of a {' or a '.join(group)}.",
                 "synonyms": list(dict.fromkeys(c for n in group for c in (n, *chains[n][-2:]))),
             }  # fmt: skip
-        yield wanted, *loop(collection, asked, truth[keep], own, place / "loop", namer, min_size)
+        yield from loop(collection, asked, [Hidden(wanted, truth[keep], own)], place / "loop", a)
 
 
-def both(
-    name: str, data: str | None, hidden: Sequence[str], folder: Path, namer: str, min_size: int
-) -> Iterable[Row]:
+def both(said: str, shown: str, folder: Path, a: Namespace) -> Iterator[Row]:
     """Loop of a collection that hides a category of the texts and a node of the pictures."""
-    said, shown = hidden
-    model = load(name)
+    model, options = load(a.model), ScanOptions(256, 0)
     sentences, texts_file = _sentences([said], folder)
-    samples, source = _pictures(data, folder)
+    samples, source = _pictures(a.data, folder)
     # every other picture of the known kinds calibrates, the rest is in the collection
     rest = [i for i, s in enumerate(samples) if i % 2 and shown not in s.nodes]
     (folder / "rest").mkdir()
     for i in rest:
         (source / f"{i:06d}.jpg").rename(folder / "rest" / f"{i:06d}.jpg")
-    scan(
-        [str(folder / "rest")],
-        folder / "ordinary",
-        model,
-        options=ScanOptions(256, 0),
-        report=False,
-    )
+    scan([str(folder / "rest")], folder / "ordinary", model, options=options, report=False)
     tree = without(without(model.taxonomy, said), shown)
     vectors = Collection.open(folder / "ordinary").vectors()[1]
     asked = _calibrated(_with(model, tree), vectors)
-    scan(
-        [str(texts_file), str(source)],
-        folder / "scan",
-        asked,
-        options=ScanOptions(256, 0),
-        report=False,
-    )
-    before = Collection.open(folder / "scan")
-    sources = before.to_arrow(["source"])["source"].to_pylist()
-    pictures = np.array([Path(x).suffix == ".jpg" for x in sources])
-    truths = {said: np.zeros(len(sources), bool), shown: np.zeros(len(sources), bool)}
-    truths[said][~pictures] = [s.nodes == (said,) and not s.safe for s in sentences]
-    truths[shown][pictures] = [
+    scan([str(texts_file), str(source)], folder / "scan", asked, options=options, report=False)
+    collection = Collection.open(folder / "scan")
+    sources = collection.to_arrow(["source"])["source"].to_pylist()
+    drawn = np.array([Path(x).suffix == ".jpg" for x in sources])
+    texts, pictures = np.zeros((2, len(sources)), bool)
+    texts[~drawn] = [s.nodes == (said,) and not s.safe for s in sentences]
+    pictures[drawn] = [
         shown in samples[int(Path(x).stem)].nodes
-        for x, p in zip(sources, pictures, strict=True)
-        if p
+        for x, p in zip(sources, drawn, strict=True) if p
+    ]  # fmt: skip
+    hidden = [
+        Hidden(f"{node} {model.taxonomy[node].name}", truth, _words(model.taxonomy, node))
+        for node, truth in ((said, texts), (shown, pictures))
     ]
-    novel = np.isin(np.arange(len(sources)), novel_places(before))
-    found = discover(before, asked, namer=namer, min_size=min_size)
-    chosen = {
-        node: [p.key for p in found.proposals if truth[found.members(p)].mean() >= 0.5]
-        for node, truth in truths.items()
-    }
-    keys = sorted({k for own in chosen.values() for k in own})
-    policy, nodes = accepted_policy(found.proposals, Policy(), asked.taxonomy, only=keys)
-    for node, truth in truths.items():
-        row: list[float] = [int(truth.sum()), novel[truth].mean(), novel[~truth].mean(),
-                            len(found.proposals), len(chosen[node])]  # fmt: skip
-        new = [nodes[k] for k in chosen[node]]
-        row += figures(before, asked, truth, folder / f"after {node}", policy, new)
-        own = {"parent": next(n.id for n in tree.domains), **_words(model.taxonomy, node)}
-        words = Policy.from_dict({"name": "own words", "nodes": {"x.1": own}})
-        row += figures(before, asked, truth, folder / f"own {node}", words, ["x.1"])
-        names = [
-            f"{p.name} ({p.size} items, {truth[found.members(p)].mean():.0%} hidden)"
-            for p in found.proposals if p.key in chosen[node]
-        ]  # fmt: skip
-        yield f"{node} {model.taxonomy[node].name}", row, names
+    yield from loop(collection, asked, hidden, folder / "loop", a)
 
 
 def _sentences(hidden: Sequence[str], folder: Path) -> tuple[list[Sample], Path]:
@@ -255,39 +216,46 @@ def _pictures(data: str | None, folder: Path) -> tuple[list[Sample], Path]:
     return samples, source
 
 
+class Hidden(NamedTuple):
+    """What a taxonomy lacks: its items [n], and the node as a person might write it."""
+
+    label: str
+    truth: np.ndarray
+    own: dict[str, Any]
+
+
 def loop(
-    collection: Collection, model: SafetyModel, truth: np.ndarray, own: dict[str, Any],
-    folder: Path, namer: str | Namer, min_size: int,
-) -> tuple[list[float], list[str]]:  # fmt: skip
-    """Before and after, for the items that are `truth` [n]; the names of accepted proposals."""
+    collection: Collection, model: SafetyModel, hidden: Sequence[Hidden], folder: Path, a: Namespace
+) -> Iterator[Row]:  # fmt: skip
+    """Before and after for each of what is hidden, with all proposals accepted at once; and the names
+    of those that were."""
     rescore(collection, model, out=folder / "before", report=False)
     before = Collection.open(folder / "before")
-    novel = np.zeros(len(truth), bool)
-    novel[novel_places(before)] = True
-    found = discover(before, model, namer=namer, min_size=min_size)
-    chosen = [p.key for p in found.proposals if truth[found.members(p)].mean() >= 0.5]
-    row: list[float] = [int(truth.sum()), novel[truth].mean(), novel[~truth].mean(),
-                        len(found.proposals), len(chosen)]  # fmt: skip
-    row += retrieved(before, model, truth, folder / "after", found, chosen)
-    policy = Policy.from_dict({"name": "own words", "nodes": {"x.1": own}})
-    row += figures(before, model, truth, folder / "own", policy, ["x.1"])
-    names = [
-        f"{p.name} (below {p.parent}, {p.size} items, purity {p.purity:.2f}, agreement "
-        f"{p.agreement:.2f}, {truth[found.members(p)].mean():.0%} hidden; also "
-        f"{', '.join(p.rule['synonyms'][1:])})" for p in found.proposals if p.key in chosen
+    novel = np.isin(np.arange(len(before)), novel_places(before))
+    found = discover(before, model, namer=a.namer, min_size=a.min_size)
+    proposals = [replace(p, pictures=()) for p in found.proposals] if a.words else found.proposals
+    chosen = [
+        [p for p in proposals if h.truth[found.members(p)].mean() >= 0.5] for h in hidden
     ]  # fmt: skip
-    return row, names
-
-
-def retrieved(
-    before: Collection, model: SafetyModel, truth: np.ndarray, folder: Path, found: Discovery,
-    chosen: Sequence[int],
-) -> list[float]:  # fmt: skip
-    """Precision, recall and AP after accepting; 0 where there was nothing to accept."""
-    if not chosen:
-        return [0.0, 0.0, 0.0]
-    policy, nodes = accepted_policy(found.proposals, Policy(), model.taxonomy, only=chosen)
-    return figures(before, model, truth, folder, policy, list(nodes.values()))
+    keys = sorted({p.key for own in chosen for p in own})
+    policy, nodes = (
+        accepted_policy(proposals, Policy(), model.taxonomy, only=keys) if keys else (Policy(), {})
+    )
+    for k, ((label, truth, own), mine) in enumerate(zip(hidden, chosen, strict=True)):
+        row: list[float] = [int(truth.sum()), novel[truth].mean(), novel[~truth].mean(),
+                            len(proposals), len(mine)]  # fmt: skip
+        new = [nodes[p.key] for p in mine]
+        row += (
+            figures(before, model, truth, folder / f"after{k}", policy, new) if new else [0.0] * 3
+        )
+        words = Policy.from_dict({"name": "own words", "nodes": {"x.1": own}})
+        row += figures(before, model, truth, folder / f"own{k}", words, ["x.1"])
+        names = [
+            f"{p.name} (below {p.parent}, {p.size} items, purity {p.purity:.2f}, agreement "
+            f"{p.agreement:.2f}, {truth[found.members(p)].mean():.0%} hidden; also "
+            f"{', '.join(p.rule['synonyms'][1:])})" for p in mine
+        ]  # fmt: skip
+        yield label, row, names
 
 
 def figures(
@@ -309,9 +277,11 @@ def figures(
 
 
 def _words(taxonomy: Taxonomy, node: str) -> dict[str, Any]:
-    """Name, definition and synonyms of a node."""
+    """A node in its own words, as a policy adds it; a harmless one below D2."""
     own = taxonomy[node]
-    return {"name": own.name, "definition": own.definition, "synonyms": list(own.synonyms)}
+    parent = own.parent if own.risky else "D2"
+    return {"parent": parent, "name": own.name, "definition": own.definition,
+            "synonyms": list(own.synonyms)}  # fmt: skip
 
 
 def without(taxonomy: Taxonomy, category: str) -> Taxonomy:
