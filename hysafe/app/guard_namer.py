@@ -38,7 +38,7 @@ class GuardNamer:
     Args:
         guard: in evaluation mode.
         index: its phrases.
-        model: the encoder it was trained on.
+        model: the encoder it was trained on, or one that agrees with it on texts and nodes.
 
     Raises:
         ConfigError: the guard was trained on another encoder.
@@ -46,7 +46,7 @@ class GuardNamer:
 
     def __init__(self, guard: GuardModel, index: PhraseIndex, model: SafetyModel) -> None:
         trained_on = guard.config.encoder_hash
-        if trained_on and trained_on != model.encoder.hash():
+        if not guard.reads(model.encoder):
             raise ConfigError(
                 f"the guard reads points of another encoder ({trained_on[:12]}; {model.name} is "
                 f"{model.encoder.hash()[:12]}). Take the model it was trained on, or train a guard "

@@ -106,10 +106,10 @@ class GuardTask(L.LightningModule):
                 "the small decoder trains on the CPU. Pass --trainer.accelerator cpu."
             )
         world = self.world
-        encoder_hash = world.model.encoder.hash()
+        encoder = world.model.encoder
         if self.init_from is not None:
             self.decoder = GuardModel.load(self.init_from)
-            if self.decoder.config.encoder_hash not in ("", encoder_hash):
+            if not self.decoder.reads(encoder):
                 raise ConfigError(
                     f"{self.init_from} reads points of another encoder. Train it again from the "
                     "first stage, or name its encoder."
@@ -120,8 +120,8 @@ class GuardTask(L.LightningModule):
         texts += [world.writer.answer(i, world.writer.draw(i, k), k) for k, i in enumerate(world.train[:4000])]  # fmt: skip
         tokenizer = train_tokenizer(texts, vocab=self.vocab)
         self.decoder = GuardModel.new(
-            GuardProcessor(tokenizer), dim=world.space.apexes.shape[1], encoder_hash=encoder_hash,
-            **self.sizes,
+            GuardProcessor(tokenizer), dim=world.space.apexes.shape[1],
+            encoder_hash=encoder.hash(), text_hash=encoder.text_hash(), **self.sizes,
         )  # fmt: skip
 
     def transfer_batch_to_device(self, batch: Draw, device: torch.device, index: int) -> Draw:

@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from hysafe.app.tasks import EncoderTask, random_resized_crop_flip
 from hysafe.data.datamodule import EmbedData
 from hysafe.encoder import Towers
+from hysafe.encoder.unfolded import unfold_convolutions
 from hysafe.errors import ConfigError
 
 __all__ = [
@@ -45,6 +46,7 @@ class ImageTowerTask(EncoderTask):
         crop: least share of the area that a random crop keeps.
         jitter: strength of changes of brightness, contrast and saturation.
         cutmix: share of steps that paste a box of another picture (Yun et al. 2019).
+        cutmix_until: share of training after which no boxes are pasted.
         train_sizes: [[share of training from which on, side], ...]: smaller pictures first.
         image_from: folder of an earlier stage whose image tower this one starts from.
         others: as for :class:`EncoderTask`.
@@ -58,6 +60,7 @@ class ImageTowerTask(EncoderTask):
         crop: float = 0.3,
         jitter: float = 0.3,
         cutmix: float = 0.0,
+        cutmix_until: float = 1.0,
         train_sizes: list[list[float]] | None = None,
         image_from: str | None = None,
         image_tower: str | None = "resnet10t",
@@ -73,11 +76,13 @@ class ImageTowerTask(EncoderTask):
         )  # fmt: skip
         self.hierarchy_weight, self.label_smoothing = hierarchy_weight, label_smoothing
         self.ema, self.crop, self.jitter, self.cutmix = ema, crop, jitter, cutmix
+        self.cutmix_until = cutmix_until
         self.train_sizes = train_sizes or [[0.0, image_size]]
         if image_from is not None:
             self.encoder.towers.take([image_from], "visual")
         self.encoder.requires_grad_(False)
         self.encoder.towers.model.visual.requires_grad_(True)
+        unfold_convolutions(self.encoder.towers.model.visual)
         self._ancestors = torch.zeros(0)
 
     def setup(self, stage: str) -> None:
@@ -114,7 +119,7 @@ class ImageTowerTask(EncoderTask):
         pixels = colour_jitter(pixels, self.jitter)
         labels = others = pictures["classes"]
         kept = 1.0
-        if torch.rand(()) < self.cutmix:
+        if torch.rand(()) < self.cutmix and self.progress < self.cutmix_until:
             order = torch.randperm(len(pixels), device=pixels.device)
             pixels, kept = paste_box(pixels, pixels[order])
             others = labels[order]

@@ -135,8 +135,12 @@ class EncoderTask(L.LightningModule):
 
     def training_side(self, sizes: list[list[float]]) -> int:
         """Side of the training pictures now, from [[share of training from which on, side], ...]."""
-        progress = self.global_step / max(1, int(self.trainer.estimated_stepping_batches))
-        return int(max((s for s in sizes if s[0] <= progress), key=lambda s: s[0])[1])
+        return int(max((s for s in sizes if s[0] <= self.progress), key=lambda s: s[0])[1])
+
+    @property
+    def progress(self) -> float:
+        """Share of the training steps that are done."""
+        return self.global_step / max(1, int(self.trainer.estimated_stepping_batches))
 
     def monitor_scalars(self) -> dict[str, float]:
         """Curvature, scales and whether a bound saturates."""
@@ -193,6 +197,9 @@ class TaxonomyTask(EncoderTask):
         init_from: folder of an earlier stage's export to start from.
         image_from: folder of an export whose image tower alone is taken (ImageTowerTask).
         text_from: folder of an export whose text layers alone are taken (TextTowerTask).
+        text_side_from: folder of a finished encoder of which all but the image tower and its head
+            is taken and stands still: texts, nodes, thresholds and whatever was trained on them (a
+            guard) stay what they are, and only the picture head is trained.
         freeze_image: keep the image tower as it is (a later stage: adapter and heads only).
         freeze_text: keep the text tower as it is.
         image_views: with both towers frozen, features are computed once: of the texts, and of so
@@ -228,6 +235,7 @@ class TaxonomyTask(EncoderTask):
         init_from: str | None = None,
         image_from: str | None = None,
         text_from: str | None = None,
+        text_side_from: str | None = None,
         freeze_image: bool = False,
         freeze_text: bool = False,
         image_views: int = 2,
@@ -275,13 +283,19 @@ class TaxonomyTask(EncoderTask):
             self.encoder.towers.take([image_from], "visual")
         if text_from is not None:
             self.encoder.towers.take([text_from], "text")
+        self.text_stands = text_side_from is not None
+        if text_side_from is not None:
+            self.encoder.take_text_side(text_side_from)
+            self.encoder.requires_grad_(False)
+            self.encoder.towers.model.visual.requires_grad_(True)
+            self.encoder.heads["image"].requires_grad_(True)
         self.freeze_image, self.image_views = freeze_image, image_views
         self.feature_cache = feature_cache
         if freeze_image:
             self.encoder.towers.model.visual.requires_grad_(False)
         if freeze_text:
             self.encoder.towers.text_module.requires_grad_(False)
-        self.cached = freeze_image and freeze_text
+        self.cached = freeze_image and (freeze_text or self.text_stands)
         self.text_dropout, self.text_noise = text_dropout, text_noise
         self.text_every, self.phrases = text_every, phrases
         self.classifier_weight = classifier_weight
@@ -379,8 +393,9 @@ class TaxonomyTask(EncoderTask):
 
         settings = f"{self.image_views} {self.augment} {self.crop} {self.train_sizes}"
         with self._autocast():
-            self._text_cache = self._kept("text", ["\0".join(texts)], of_texts)
-            log.info("features of %d texts are there", len(texts))
+            if not self.text_stands:
+                self._text_cache = self._kept("text", ["\0".join(texts)], of_texts)
+                log.info("features of %d texts are there", len(texts))
             self._image_cache = self._kept("visual", [settings, pictures.pixels], of_pictures)
             log.info("features of %d pictures are there", len(pictures))
         encoder.train()
@@ -417,7 +432,7 @@ class TaxonomyTask(EncoderTask):
         encoder, c = self.encoder, self.encoder.curvature()
         features = self._picture_features(pictures)
         image = encoder.lift("image", features).space
-        spoken = self.global_step % self.text_every == 0
+        spoken = not self.text_stands and self.global_step % self.text_every == 0
         if spoken:
             spoken_features = (
                 self._text_cache[texts["index"]].float()

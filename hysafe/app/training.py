@@ -35,6 +35,8 @@ class RunRecord(Callback):
     """Writes environment.json into the run directory: commit, versions, machine, seed."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         record = {
@@ -43,6 +45,7 @@ class RunRecord(Callback):
             "torch": torch.__version__,
             "lightning": L.__version__,
             "threads": torch.get_num_threads(),
+            "processes": trainer.world_size,
             "device": str(pl_module.device),
             "machine": platform.machine(),
         }
@@ -53,7 +56,8 @@ class ExportModel(Callback):
     """Writes the encoder as a hysafe directory, ``model/`` in the run directory, when fit ends."""
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not isinstance(pl_module, EncoderTask) or trainer.interrupted:
+        unfinished = trainer.interrupted or not trainer.is_global_zero
+        if not isinstance(pl_module, EncoderTask) or unfinished:
             return
         target = Path(trainer.default_root_dir) / "model"
         pl_module.encoder.save_directory(target, tower_dtype=torch.bfloat16)

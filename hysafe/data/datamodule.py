@@ -398,6 +398,7 @@ class RoleData(L.LightningDataModule):
 class _Batches(torch.utils.data.Sampler):
     """Index lists: a shuffle without weights, draws with replacement with them; new every epoch.
 
+    Of several processes (DDP) each takes its share of every batch.
     With `mates` (index of each item's mate, its own where it has none) the second half of a batch
     holds the mates of the first half, and other draws where there is none.
     """
@@ -432,7 +433,16 @@ class _Batches(torch.utils.data.Sampler):
                 mates = self.mates[first[: len(second)]]
                 alone = mates == first[: len(second)]
                 batch = torch.cat([first, torch.where(alone, second, mates)])
-            yield batch.tolist()
+            yield _share_of_process(batch).tolist()
+
+
+def _share_of_process(batch: Tensor) -> Tensor:
+    """Every n-th item of a batch, where n processes train together; else all."""
+    import torch.distributed as processes
+
+    if not (processes.is_available() and processes.is_initialized()):
+        return batch
+    return batch[processes.get_rank() :: processes.get_world_size()]
 
 
 def _mates(samples: Sequence[Sample]) -> Tensor:

@@ -23,6 +23,8 @@ __all__ = ["PREPROCESSING_VERSION", "HyperbolicEncoder", "bank_hash", "state_has
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # Part of every model's hash: raise it when the pixels a tower sees change.
 PREPROCESSING_VERSION = 1
+# What texts and nodes do not depend on.
+IMAGE_SIDE = ("towers.model.visual.", "heads.image.")
 # CLIP's temperature 0.07 and the bound of 0.01, as a factor on negative distances.
 LOGIT_SCALE = (1 / 0.07, 1.0, 100.0)
 # Inverse temperature of cone margins (radians): start, low, high.
@@ -77,7 +79,7 @@ class HyperbolicEncoder(
         if known_nodes:
             self.config["known_nodes"] = list(known_nodes)
         self._known_rows = {key: row for row, key in enumerate(known_nodes)}
-        self._known_hash = ""
+        self._known_hash = self._known_text_hash = ""
         self._known_scale: float | None = None
         self.towers = Towers(architecture, load_pretrained=load_pretrained)
         width = self.towers.embed_dim
@@ -182,7 +184,7 @@ class HyperbolicEncoder(
 
     def prepare_inference(self) -> None:
         """Evaluation mode with the adapter folded in: faster, same outputs, same hash."""
-        self._known_hash = self.hash()
+        self._known_hash, self._known_text_hash = self.hash(), self.text_hash()
         self._known_scale = self.cone_scale_value
         self.eval()
         if self.config["architecture"].get("lora_rank"):
@@ -193,6 +195,37 @@ class HyperbolicEncoder(
         if self._known_hash:
             return self._known_hash
         return state_hash(self.config, self._own_state())
+
+    def text_hash(self) -> str:
+        """As :meth:`hash`, of all but the image tower and its head.
+
+        Encoders that agree on it put texts and nodes in the same places: their pictures may lie
+        elsewhere.
+        """
+        return self._known_text_hash or text_state_hash(self.config, self._own_state())
+
+    def take_text_side(self, path: str | Path) -> None:
+        """Take all but the image tower and its head from a saved encoder.
+
+        Args:
+            path: folder of an encoder with the same settings; its image tower may be another.
+
+        Raises:
+            ModelError: no encoder, or other settings than this one's.
+        """
+        other = self.load_directory(path)
+        known = list(other.config.get("known_nodes", ()))
+        if known != list(self.config.get("known_nodes", ())):
+            raise ModelError(f"{path}: its nodes are others. Train on the same taxonomy.")
+        state = {k: v for k, v in other._own_state().items() if not k.startswith(IMAGE_SIDE)}
+        target = {k: v for k, v in self._own_state().items() if not k.startswith(IMAGE_SIDE)}
+        wrong = [k for k in {**state, **target} if not _alike(state.get(k), target.get(k))]
+        if wrong:
+            raise ModelError(f"{path}: another text side ({sorted(wrong)[0]} differs).")
+        shapes = self.state_dict()
+        self.load_state_dict(
+            {k: v.reshape(shapes[k].shape) for k, v in state.items()}, strict=False
+        )
 
     def _own_state(self) -> dict[str, Tensor]:
         state = {k: v for k, v in self.state_dict().items() if not k.startswith("towers.")}
@@ -270,6 +303,10 @@ class HyperbolicEncoder(
         return cls.load_directory(folder)
 
 
+def _alike(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is not None and other is not None and one.shape == other.shape
+
+
 def state_hash(config: dict[str, Any], state: Mapping[str, Tensor]) -> str:
     """Hash of a model from its config and own weights, see :meth:`HyperbolicEncoder.hash`."""
     digest = hashlib.sha256()
@@ -281,6 +318,17 @@ def state_hash(config: dict[str, Any], state: Mapping[str, Tensor]) -> str:
         flat = value.detach().cpu().reshape(-1).clone()
         digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def text_state_hash(config: dict[str, Any], state: Mapping[str, Tensor]) -> str:
+    """Hash of a model without its image side, see :meth:`HyperbolicEncoder.text_hash`."""
+    architecture = {k: v for k, v in config["architecture"].items() if k not in ("mean", "std")}
+    if "model_cfg" in architecture:
+        architecture["model_cfg"] = {
+            k: v for k, v in architecture["model_cfg"].items() if k != "vision_cfg"
+        }
+    kept = {k: v for k, v in state.items() if not k.startswith(IMAGE_SIDE)}
+    return state_hash({**config, "architecture": architecture}, kept)
 
 
 def bank_hash(phrases: Sequence[str]) -> str:

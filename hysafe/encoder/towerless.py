@@ -24,6 +24,7 @@ from hysafe.encoder.model import (
     HyperbolicEncoder,
     bank_hash,
     state_hash,
+    text_state_hash,
 )
 from hysafe.encoder.towers import Towers
 from hysafe.errors import ModelError
@@ -86,7 +87,7 @@ class TowerlessEncoder:
             raise ModelError(
                 f"{folder}: not a hysafe model ({type(error).__name__}: {error})."
             ) from error
-        self._hash = state_hash(config, state)
+        self._hash, self._text_hash = state_hash(config, state), text_state_hash(config, state)
 
     @property
     def towers_loaded(self) -> bool:
@@ -106,6 +107,10 @@ class TowerlessEncoder:
     def hash(self) -> str:
         """As :meth:`HyperbolicEncoder.hash`."""
         return self._hash
+
+    def text_hash(self) -> str:
+        """As :meth:`HyperbolicEncoder.text_hash`."""
+        return self._text_hash
 
     def eval(self) -> TowerlessEncoder:
         """Itself: it knows no training mode."""

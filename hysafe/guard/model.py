@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -48,6 +48,10 @@ from hysafe.guard.protocol import (
     tidy,
 )
 from hysafe.types import Rating
+
+if TYPE_CHECKING:
+    from hysafe.encoder import HyperbolicEncoder
+    from hysafe.encoder.towerless import TowerlessEncoder
 
 __all__ = [
     "NOVEL",
@@ -483,6 +487,7 @@ class GuardConfig(PreTrainedConfig):
         point_width: F, see :func:`point_width`.
         point_token_id: the token that stands for a point.
         encoder_hash: of the encoder whose points it was trained on; another's mean nothing to it.
+        text_hash: of that encoder without its image side.
     """
 
     model_type = "hysafe-guard"
@@ -494,6 +499,7 @@ class GuardConfig(PreTrainedConfig):
     point_width: int = 142
     point_token_id: int = 2
     encoder_hash: str = ""
+    text_hash: str = ""
     tie_word_embeddings: bool = True
 
 
@@ -541,6 +547,7 @@ class GuardModel(PreTrainedModel, GenerationMixin):
         layers: int = 6,
         heads: int = 4,
         encoder_hash: str = "",
+        text_hash: str = "",
     ) -> GuardModel:
         """A small Llama with random weights for a tokenizer and for points of `dim`."""
         vocab = len(processor.tokenizer)
@@ -557,11 +564,22 @@ class GuardModel(PreTrainedModel, GenerationMixin):
         model = cls(
             GuardConfig(
                 text_config=text, point_width=point_width(dim),
-                point_token_id=processor.special[POINT], encoder_hash=encoder_hash, **settings,
+                point_token_id=processor.special[POINT], encoder_hash=encoder_hash,
+                text_hash=text_hash, **settings,
             )
         )  # fmt: skip
         model.processor = processor
         return model
+
+    def reads(self, encoder: HyperbolicEncoder | TowerlessEncoder) -> bool:
+        """Whether it was trained on the points of this encoder.
+
+        Another image side under the same texts and nodes will do: pictures are put where their
+        texts and nodes are.
+        """
+        if self.config.encoder_hash in ("", encoder.hash()):
+            return True
+        return bool(self.config.text_hash) and self.config.text_hash == encoder.text_hash()
 
     @classmethod
     def load(cls, folder: str | Path) -> GuardModel:

@@ -69,6 +69,7 @@ def test_the_warm_up_writes_a_guard(warm: Path) -> None:
     assert {"model.safetensors", "config.json", "tokenizer.json", "phrases.safetensors"} <= names
     guard = GuardModel.load(warm)
     assert guard.config.encoder_hash == load("mini").encoder.hash()
+    assert guard.config.text_hash == load("mini").encoder.text_hash()
     assert len(PhraseIndex.load(warm).phrases) > 50
 
 
@@ -265,6 +266,8 @@ def test_a_guard_of_another_encoder_is_refused(warm: Path) -> None:
     model = load("mini")
     guard = GuardModel.load(warm)
     guard.config.encoder_hash = "another"
+    assert guard.reads(model.encoder), "another image side, the same texts and nodes"
+    guard.config.text_hash = "another"
     with pytest.raises(ConfigError, match="another encoder"):
         GuardNamer(guard, PhraseIndex.load(warm), model)
     with pytest.raises(ConfigError, match="no guard 'nothing'"):

@@ -15,7 +15,10 @@ from PIL import Image
 from hysafe.app.image_task import ancestor_cross_entropy, colour_jitter, paste_box
 from hysafe.app.tasks import random_resized_crop_flip
 from hysafe.app.training import embed_main
+from hysafe.data.datamodule import _Batches
 from hysafe.encoder import HyperbolicEncoder
+from hysafe.encoder.towerless import TowerlessEncoder
+from hysafe.errors import ModelError
 from hysafe.evaluate.novelty_data import read_held_out
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "embed"
@@ -215,3 +218,50 @@ def test_features_of_towers_that_stand_still_are_kept(tmp_path: Path) -> None:
     run("c", "--model.init_args.crop", "0.9")
     assert len(list((tmp_path / "features").glob("visual-*"))) == 2
     assert len(list((tmp_path / "features").glob("text-*"))) == 1
+
+
+def test_a_picture_head_on_a_text_side_that_stands_still(tmp_path: Path) -> None:
+    """`text_side_from`: only the picture head moves; texts and nodes stay where they are."""
+    fit("tiny", tmp_path / "first", "--trainer.logger", "false", "--model.lora_rank", "0")
+    tower = {"image_tower": "hysafe_resnet10t_fine", "image_size": 32, "dim": 16}
+    config = yaml.safe_load((CONFIGS / "tiny.yaml").read_text())
+    config["trainer"]["logger"] = False
+    config["model"] = {"class_path": "hysafe.app.image_task.ImageTowerTask", "init_args": tower}
+    (tmp_path / "image.yaml").write_text(yaml.safe_dump(config))
+    embed_main(["fit", "--config", str(tmp_path / "image.yaml"),
+                "--trainer.default_root_dir", str(tmp_path / "image")])  # fmt: skip
+    fit("tiny", tmp_path / "second", "--trainer.logger", "false", "--model.lora_rank", "0",
+        "--model.image_tower", tower["image_tower"], "--model.freeze_image", "true",
+        "--model.image_from", str(tmp_path / "image/model"), "--model.image_views", "1",
+        "--model.text_side_from", str(tmp_path / "first/model"))  # fmt: skip
+    first, image, second = (
+        HyperbolicEncoder.load_directory(tmp_path / name / "model")
+        for name in ("first", "image", "second")
+    )
+    assert second.text_hash() == first.text_hash()
+    assert second.hash() != first.hash()
+    assert first.text_hash() != image.text_hash()
+    assert TowerlessEncoder(tmp_path / "second/model").text_hash() == first.text_hash()
+    second.prepare_inference()
+    assert second.text_hash() == first.text_hash()
+    for name, value in image.towers.model.visual.state_dict().items():
+        assert torch.equal(value, second.towers.model.visual.state_dict()[name]), name
+    fresh = image.heads["image"].linear.weight
+    assert not torch.equal(second.heads["image"].linear.weight, fresh)
+    narrow = HyperbolicEncoder(first.config["architecture"], dim=8)
+    with pytest.raises(ModelError, match="another text side"):
+        narrow.take_text_side(tmp_path / "first/model")
+
+
+def test_processes_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = _Batches(10, 5, 0, None, 2)
+    whole = list(batches)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *a: 2)
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda *a, rank=rank: rank)
+        parts.append(list(_Batches(10, 5, 0, None, 2)))
+    for both, one, other in zip(whole, *parts, strict=True):
+        assert sorted(both) == sorted(one + other)
+        assert len(one) == 3
