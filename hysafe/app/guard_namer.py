@@ -19,8 +19,9 @@ from hysafe.errors import ConfigError
 from hysafe.guard.ask import answers_of, chosen_names, names_of
 from hysafe.guard.corpus import PhraseIndex
 from hysafe.guard.model import Evidence, GuardModel, PolicySpace
-from hysafe.guard.naming import Naming, restated
+from hysafe.guard.naming import THINGS, Naming, PhraseNamer, bundled_phrases, restated
 from hysafe.guard.protocol import Answer, PromptPolicy
+from hysafe.guard.similarity import minilm_embed
 from hysafe.index import Collection
 from hysafe.taxonomy import PolicyView
 
@@ -34,6 +35,10 @@ CHANNELS = ("image", "text", "ocr")
 
 class GuardNamer:
     """Names by a trained guard: the phrase that it and the geometry like best together.
+
+    Its phrases are for what texts say. What it finds novel in a picture without text is named by
+    what the near words of :data:`hysafe.guard.naming.THINGS` agree on, the list of what pictures
+    show.
 
     Args:
         guard: in evaluation mode.
@@ -53,6 +58,12 @@ class GuardNamer:
                 "for this one: python train_guard.py fit --data.encoder ..."
             )
         self.guard, self.index, self.model = guard, index, model
+        self._shown: PhraseNamer | None = None
+        if "image" in index.whitening:
+            self._shown = PhraseNamer(
+                model.encode_text, bundled_phrases(THINGS), meaning=minilm_embed,
+                reference={"image": index.whitening["image"]},
+            )  # fmt: skip
 
     def name(
         self,
@@ -66,6 +77,11 @@ class GuardNamer:
         for channel in dict.fromkeys(modalities):
             rows = [i for i, m in enumerate(modalities) if m == channel]
             stack = np.asarray(vectors, np.float32)[rows]
+            if channel == "image" and self._shown is not None:
+                shown = self._shown.name(stack, ["image"] * len(rows), [""] * len(rows), view)
+                for i, naming in zip(rows, shown, strict=True):
+                    found[i] = naming
+                continue
             items = evidence_of(
                 self.model, {channel: stack}, [texts[i] for i in rows], self.index, view,
                 borrow=True, without=restated(self.index.phrases, view),
@@ -111,7 +127,25 @@ class GuardNamer:
                 found[i] = Naming(name, why)
             else:  # it says again what the policy lists
                 found[i] = None if always else Naming("", "the guard finds no new name for it")
+        if self._shown is not None and not always:
+            self._rename_pictures(items, found, view)
         return found
+
+    def _rename_pictures(
+        self, items: Sequence[Evidence], found: list[Naming | None], view: PolicyView
+    ) -> None:
+        """Give pictures without text that have a name one of the list of what pictures show."""
+        assert self._shown is not None
+        rows = [
+            i
+            for i, (item, naming) in enumerate(zip(items, found, strict=True))
+            if naming and naming.name and item.channels == ("image",)
+        ]
+        if rows:
+            stack = np.stack([items[i].vectors[0] for i in rows])
+            shown = self._shown.name(stack, ["image"] * len(rows), [""] * len(rows), view)
+            for i, naming in zip(rows, shown, strict=True):
+                found[i] = naming or found[i]
 
 
 def _place(answer: Answer, view: PolicyView) -> str:

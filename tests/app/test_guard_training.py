@@ -20,7 +20,7 @@ from hysafe.app.scan import scan
 from hysafe.errors import ConfigError
 from hysafe.guard.corpus import PhraseIndex, Writer
 from hysafe.guard.model import GuardModel
-from hysafe.guard.naming import Naming
+from hysafe.guard.naming import THINGS, Naming, bundled_phrases
 from hysafe.guard.protocol import Answer, parse_answer, write_answer
 from hysafe.guard.rewards import Thresholds, cosine_similarity, guard_rewards
 from hysafe.guard.split import HIDDEN, hidden_nodes
@@ -286,6 +286,34 @@ def test_the_bundled_guard(tmp_path: Path) -> None:
     named = namer.name(vectors, ["text", "text"], texts, model.view())
     assert all(n is not None and 1 < len(n.name.split()) <= 6 for n in named)
     assert named == namer.name(vectors, ["text", "text"], texts, model.view())
+
+
+def test_pictures_are_named_by_what_pictures_show() -> None:
+    model = load("mini")
+    namer = load_guard("mini-guard", model)
+    vectors = model.encode_text(["a dog on a lawn"]).tangent().numpy()
+    (naming,) = namer.name(vectors, ["image"], [""], model.view())
+    assert naming is not None
+    assert naming.name in bundled_phrases(THINGS)
+    mixed = namer.name(np.repeat(vectors, 2, 0), ["text", "image"], ["", ""], model.view())
+    assert mixed[1] == naming
+
+
+def test_a_guard_keeps_its_verdict_on_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is novel is the guard's to say; only the word comes from the list."""
+    model = load("mini")
+    namer = load_guard("mini-guard", model)
+    vectors = model.encode_text(["a dog on a lawn", "a cat"]).tangent().numpy()
+    items = evidence_of(model, {"image": vectors}, ["", ""], namer.index, model.view())
+    said = iter(
+        [Answer("unsafe", None, "anything", "why"), Answer("safe", None, None, "it is harmless")]
+    )
+    monkeypatch.setattr("hysafe.app.guard_namer.answers_of", lambda *a: list(said))
+    novel, harmless = namer.names(items, model.view())
+    assert novel is not None
+    assert novel.name in bundled_phrases(THINGS)
+    assert harmless is not None
+    assert not harmless.name
 
 
 def test_earlier_stages_share_the_data_of_the_last(tmp_path: Path) -> None:
