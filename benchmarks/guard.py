@@ -37,6 +37,7 @@ from hysafe.guard.model import PHRASES, GuardModel
 from hysafe.guard.naming import THINGS, PhraseNamer, bundled_phrases
 from hysafe.guard.protocol import Answer, PromptPolicy, Renaming, twins
 from hysafe.guard.rewards import WuPalmer
+from hysafe.guard.similarity import minilm_embed
 from hysafe.guard.split import HIDDEN
 
 
