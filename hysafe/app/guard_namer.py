@@ -19,7 +19,14 @@ from hysafe.errors import ConfigError
 from hysafe.guard.ask import answers_of, chosen_names, names_of
 from hysafe.guard.corpus import PhraseIndex
 from hysafe.guard.model import Evidence, GuardModel, PolicySpace
-from hysafe.guard.naming import THINGS, Naming, PhraseNamer, bundled_phrases, restated
+from hysafe.guard.naming import (
+    THINGS,
+    Naming,
+    PhraseNamer,
+    Whitening,
+    bundled_phrases,
+    restated,
+)
 from hysafe.guard.protocol import Answer, PromptPolicy
 from hysafe.guard.similarity import minilm_embed
 from hysafe.index import Collection
@@ -57,6 +64,11 @@ class GuardNamer:
                 f"{model.encoder.hash()[:12]}). Take the model it was trained on, or train a guard "
                 "for this one: python train_guard.py fit --data.encoder ..."
             )
+        if trained_on and trained_on != model.encoder.hash() and "image" in index.whitening:
+            # the same texts and nodes, but pictures lie elsewhere than in its training
+            known = model.reference.get("image")
+            fitted = None if known is None else Whitening.fit(known.numpy())
+            index = index.rewhitened("image", fitted)
         self.guard, self.index, self.model = guard, index, model
         self._shown: PhraseNamer | None = None
         if "image" in index.whitening:

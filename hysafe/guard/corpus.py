@@ -105,6 +105,13 @@ class PhraseIndex:
             for name, w in self.whitening.items()
         }
 
+    def rewhitened(self, channel: str, whitening: Whitening | None) -> PhraseIndex:
+        """The same phrases for items of a channel that lie elsewhere; None: it is not named."""
+        others = {c: w for c, w in self.whitening.items() if c != channel}
+        if whitening is not None:
+            others[channel] = whitening
+        return PhraseIndex(self.phrases, self.vectors, others, self.meanings)
+
     def nearest(self, vectors: np.ndarray, channel: str, k: int) -> list[tuple[str, ...]]:
         """k phrases for each of n vectors [n, D] of a channel, nearest first; none for a channel
         without whitening."""

@@ -299,6 +299,20 @@ def test_pictures_are_named_by_what_pictures_show() -> None:
     assert mixed[1] == naming
 
 
+def test_pictures_of_another_image_side_are_seen_from_its_own_centre(warm: Path) -> None:
+    model = load("mini")
+    guard, index = GuardModel.load(warm), PhraseIndex.load(warm)
+    index = index.rewhitened("image", index.whitening["text"])
+    assert GuardNamer(guard, index, model).index is index
+    guard.config.encoder_hash = "another"
+    seen = GuardNamer(guard, index, model).index
+    centre = model.reference["image"].mean(0).numpy()
+    assert np.allclose(seen.whitening["image"].mean, centre)
+    assert seen.whitening["text"] is index.whitening["text"]
+    model.reference.pop("image")
+    assert "image" not in GuardNamer(guard, index, model).index.whitening
+
+
 def test_a_guard_keeps_its_verdict_on_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is novel is the guard's to say; only the word comes from the list."""
     model = load("mini")
