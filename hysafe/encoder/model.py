@@ -214,17 +214,21 @@ class HyperbolicEncoder(
             ModelError: no encoder, or other settings than this one's.
         """
         other = self.load_directory(path)
-        known = list(other.config.get("known_nodes", ()))
-        if known != list(self.config.get("known_nodes", ())):
-            raise ModelError(f"{path}: its nodes are others. Train on the same taxonomy.")
-        state = {k: v for k, v in other._own_state().items() if not k.startswith(IMAGE_SIDE)}
-        target = {k: v for k, v in self._own_state().items() if not k.startswith(IMAGE_SIDE)}
-        wrong = [k for k in {**state, **target} if not _alike(state.get(k), target.get(k))]
-        if wrong:
-            raise ModelError(f"{path}: another text side ({sorted(wrong)[0]} differs).")
+        ours, theirs = _text_config(self.config), _text_config(other.config)
+        for key in sorted({*ours, *theirs}):
+            if ours.get(key) != theirs.get(key):
+                raise ModelError(
+                    f"{path}: its {key} is another than this encoder's. Take the settings that it "
+                    "was trained with."
+                )
         shapes = self.state_dict()
         self.load_state_dict(
-            {k: v.reshape(shapes[k].shape) for k, v in state.items()}, strict=False
+            {
+                k: v.reshape(shapes[k].shape)
+                for k, v in other._own_state().items()
+                if not k.startswith(IMAGE_SIDE)
+            },
+            strict=False,
         )
 
     def _own_state(self) -> dict[str, Tensor]:
@@ -303,10 +307,6 @@ class HyperbolicEncoder(
         return cls.load_directory(folder)
 
 
-def _alike(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is not None and other is not None and one.shape == other.shape
-
-
 def state_hash(config: dict[str, Any], state: Mapping[str, Tensor]) -> str:
     """Hash of a model from its config and own weights, see :meth:`HyperbolicEncoder.hash`."""
     digest = hashlib.sha256()
@@ -322,13 +322,18 @@ def state_hash(config: dict[str, Any], state: Mapping[str, Tensor]) -> str:
 
 def text_state_hash(config: dict[str, Any], state: Mapping[str, Tensor]) -> str:
     """Hash of a model without its image side, see :meth:`HyperbolicEncoder.text_hash`."""
+    kept = {k: v for k, v in state.items() if not k.startswith(IMAGE_SIDE)}
+    return state_hash(_text_config(config), kept)
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that texts and nodes depend on."""
     architecture = {k: v for k, v in config["architecture"].items() if k not in ("mean", "std")}
     if "model_cfg" in architecture:
         architecture["model_cfg"] = {
             k: v for k, v in architecture["model_cfg"].items() if k != "vision_cfg"
         }
-    kept = {k: v for k, v in state.items() if not k.startswith(IMAGE_SIDE)}
-    return state_hash({**config, "architecture": architecture}, kept)
+    return {**config, "architecture": architecture}
 
 
 def bank_hash(phrases: Sequence[str]) -> str:

@@ -248,9 +248,10 @@ def test_a_picture_head_on_a_text_side_that_stands_still(tmp_path: Path) -> None
         assert torch.equal(value, second.towers.model.visual.state_dict()[name]), name
     fresh = image.heads["image"].linear.weight
     assert not torch.equal(second.heads["image"].linear.weight, fresh)
-    narrow = HyperbolicEncoder(first.config["architecture"], dim=8)
-    with pytest.raises(ModelError, match="another text side"):
-        narrow.take_text_side(tmp_path / "first/model")
+    for key, value in (("dim", 8), ("space", "euclidean")):
+        other = HyperbolicEncoder(**{**first.config, key: value})
+        with pytest.raises(ModelError, match=f"its {key} is another"):
+            other.take_text_side(tmp_path / "first/model")
 
 
 def test_processes_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
