@@ -34,10 +34,8 @@ from hysafe.evaluate.novelty_data import read_held_out
 from hysafe.guard.ask import answers_of, chosen_names, names_of, novelty_of, places_of
 from hysafe.guard.corpus import Labelled, PhraseIndex, item_of
 from hysafe.guard.model import PHRASES, GuardModel
-from hysafe.guard.naming import THINGS, PhraseNamer, bundled_phrases
 from hysafe.guard.protocol import Answer, PromptPolicy, Renaming, twins
 from hysafe.guard.rewards import WuPalmer
-from hysafe.guard.similarity import minilm_embed
 from hysafe.guard.split import HIDDEN
 
 
@@ -387,15 +385,8 @@ class Bench:
                 )
             )
 
-        shown = PhraseNamer(
-            world.model.encode_text, bundled_phrases(THINGS), meaning=minilm_embed,
-            reference={"image": world.index.whitening["image"]},
-        ).name(vectors, ["image"] * len(vectors), [""] * len(vectors), world.model.view())  # fmt: skip
         return {
             "guard": mean(said),
-            "what near words of what pictures show agree on (in the product)": mean(
-                [n.name if n else "" for n in shown]
-            ),
             "nearest class": mean([p[0] for p in listed.nearest(vectors, "image", 1)]),
             "nearest class or hypernym": mean(
                 [p[0] for p in retrieved.nearest(vectors, "image", 1)]

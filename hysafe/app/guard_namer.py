@@ -90,15 +90,14 @@ class GuardNamer:
             rows = [i for i, m in enumerate(modalities) if m == channel]
             stack = np.asarray(vectors, np.float32)[rows]
             if channel == "image" and self._shown is not None:
-                shown = self._shown.name(stack, ["image"] * len(rows), [""] * len(rows), view)
-                for i, naming in zip(rows, shown, strict=True):
-                    found[i] = naming
-                continue
-            items = evidence_of(
-                self.model, {channel: stack}, [texts[i] for i in rows], self.index, view,
-                borrow=True, without=restated(self.index.phrases, view),
-            )  # fmt: skip
-            for i, naming in zip(rows, self.names(items, view, always=True), strict=True):
+                named = self._of_pictures(stack, view)
+            else:
+                items = evidence_of(
+                    self.model, {channel: stack}, [texts[i] for i in rows], self.index, view,
+                    borrow=True, without=restated(self.index.phrases, view),
+                )  # fmt: skip
+                named = self.names(items, view, always=True)
+            for i, naming in zip(rows, named, strict=True):
                 found[i] = naming
         return found
 
@@ -139,25 +138,21 @@ class GuardNamer:
                 found[i] = Naming(name, why)
             else:  # it says again what the policy lists
                 found[i] = None if always else Naming("", "the guard finds no new name for it")
-        if self._shown is not None and not always:
-            self._rename_pictures(items, found, view)
-        return found
-
-    def _rename_pictures(
-        self, items: Sequence[Evidence], found: list[Naming | None], view: PolicyView
-    ) -> None:
-        """Give pictures without text that have a name one of the list of what pictures show."""
-        assert self._shown is not None
-        rows = [
+        pictures = [
             i
             for i, (item, naming) in enumerate(zip(items, found, strict=True))
             if naming and naming.name and item.channels == ("image",)
         ]
-        if rows:
-            stack = np.stack([items[i].vectors[0] for i in rows])
-            shown = self._shown.name(stack, ["image"] * len(rows), [""] * len(rows), view)
-            for i, naming in zip(rows, shown, strict=True):
-                found[i] = naming or found[i]
+        if self._shown is not None and pictures and not always:
+            stack = np.concatenate([items[i].vectors for i in pictures])
+            for i, shown in zip(pictures, self._of_pictures(stack, view), strict=True):
+                found[i] = shown or found[i]
+        return found
+
+    def _of_pictures(self, vectors: np.ndarray, view: PolicyView) -> list[Naming | None]:
+        """Names of pictures [n, D] by the list of what pictures show."""
+        assert self._shown is not None
+        return self._shown.name(vectors, ["image"] * len(vectors), [""] * len(vectors), view)
 
 
 def _place(answer: Answer, view: PolicyView) -> str:
