@@ -1,8 +1,9 @@
 """Convolutions of many channels over few cells, as matrix products: for training on CPUs.
 
 oneDNN's weight gradient (3.x, bfloat16) of a 3x3 convolution with 512 channels over 4x4 cells takes
-some ten times as long as the matrix product that it is. Late blocks of small pictures are all like
-that.
+many times as long as the matrix product that it is, and late blocks of small pictures are all like
+that (``benchmarks/tower_speed.py``). Source of the product: Chellapilla et al. 2006, "High
+performance convolutional neural networks for document processing".
 """
 
 from __future__ import annotations
@@ -39,7 +40,11 @@ class UnfoldedConv2d(nn.Conv2d):
 
 
 def unfold_convolutions(module: nn.Module) -> int:
-    """Let the wide convolutions inside `module` train by matrix products; returns how many do."""
+    """Let the wide convolutions inside `module`, in place, train by matrix products.
+
+    Returns:
+        How many were changed; weights and their names stay.
+    """
     count = 0
     for child in module.modules():
         if type(child) is nn.Conv2d and _suits(child):

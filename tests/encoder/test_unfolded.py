@@ -36,7 +36,7 @@ def test_values_and_gradients(side: int, stride: int, padding: int, map_side: in
     torch.testing.assert_close(other[0].weight.grad, plain[0].weight.grad, atol=1e-4, rtol=1e-4)
 
 
-def test_gradients_by_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_by_finite_differences() -> None:
     conv = UnfoldedConv2d(2, 3, 3, 2, 1, bias=False).double()
     x = torch.randn(2, 2, 4, 5, dtype=torch.double, requires_grad=True)
     assert torch.autograd.gradcheck(lambda v: conv(v), (x,))
