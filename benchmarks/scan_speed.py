@@ -34,7 +34,7 @@ LINES_FROM = ("davidson", "clinc150", "banking77", "olid", "edos")
 LOOP_ITEMS = 512  # of the slow loop
 BUCKET = 32  # lines that the bare tower sees at once: the fastest of 16, 32, 64 and 128 here
 WATCH_SECONDS = 0.05
-CHANGES = 800  # lines that are judged in float32, too
+CHANGES = 800  # items that are judged in float32, too
 DISTINCT = 1000  # pictures that are made; more of them differ in what is not decoded
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--memory", type=int, nargs="+", metavar="N", help="peak memory instead")
-    parser.add_argument("--bf16", action="store_true", help="lines are scanned in bfloat16")
+    parser.add_argument("--bf16", action="store_true", help="scan in bfloat16, and say what it changes")
     parser.add_argument("--report", action="store_true", help="with report.html")
     parser.add_argument("--watched", type=Path, help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -83,7 +83,7 @@ def pictures(a: argparse.Namespace, folder: Path, source: Path) -> None:
     from hysafe.data.decoding import DecodePool
     from hysafe.data.inputs import iter_items
 
-    model = load(a.model)
+    model = load(a.model, bf16=a.bf16)
     model.place(model.view())
     size, cores = model.encoder.image_size, torch.get_num_threads()
     pixels = torch.from_numpy(
@@ -98,7 +98,7 @@ def pictures(a: argparse.Namespace, folder: Path, source: Path) -> None:
     def encode(threads: int) -> None:
         torch.set_num_threads(threads)
         for _ in range(0, a.items, a.batch):
-            model._encode_pixels(pixels)
+            model._encode_pixels(pixels, bf16=a.bf16)
         torch.set_num_threads(cores)
 
     left = max(1, cores - a.workers)
@@ -122,6 +122,9 @@ def pictures(a: argparse.Namespace, folder: Path, source: Path) -> None:
     halves = max(best["decoding"].others / max(1, a.workers), best["encoding"].own / left)
     print(f"in processor time, {cores} cores: {halves / (scan.total / cores):.2f}, loop "
           f"{loop.total / (scan.total / cores):.1f}")  # fmt: skip
+    if a.bf16:
+        some = sorted(source.iterdir())[:CHANGES]
+        show_changes(model.moderate(images=some), load(a.model).moderate(images=some))
 
 
 def plain_loop(a: argparse.Namespace, model: Any, source: Path) -> Callable[[], None]:
@@ -157,7 +160,7 @@ def text(a: argparse.Namespace, folder: Path, source: Path) -> None:
 
     from hysafe.app.pipeline import load
 
-    model = load(a.model, bf16_text=a.bf16)
+    model = load(a.model, bf16=a.bf16)
     model.place(model.view())
     towers, cores = model.encoder.towers, torch.get_num_threads()
     lines = source.read_text("utf-8").splitlines()

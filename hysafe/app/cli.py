@@ -193,7 +193,7 @@ def _add_scan_options(parser: argparse.ArgumentParser) -> None:
                         help="decode processes (default: cores - 1, at least 1; 0: none)")  # fmt: skip
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="items a batch")
     parser.add_argument("--bf16", action="store_true",
-                        help="texts in bfloat16: faster, scores differ in the third digit")  # fmt: skip
+                        help="encode in bfloat16: faster, scores differ in the third digit")  # fmt: skip
     parser.add_argument("--decode-seconds", type=float, default=60.0, metavar="S",
                         help="time limit of one picture in a decode process (default: 60)")  # fmt: skip
     parser.add_argument("--decode-memory", type=int, default=2048, metavar="MB",
@@ -314,7 +314,7 @@ def _scanner(
 
         model = load(
             arguments.model, taxonomy=arguments.taxonomy, towers=engine is None,
-            bf16_text=arguments.bf16,
+            bf16=arguments.bf16,
         )  # fmt: skip
     if not model.calibration.fitted:
         print(

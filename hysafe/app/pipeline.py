@@ -199,7 +199,7 @@ class SafetyModel:
         triage: thresholds of the rating.
         cache: folder for encoded taxonomies, keyed by model and taxonomy hash; None keeps them in
             memory only.
-        bf16_text: texts that are judged go through the tower in bfloat16; nodes and queries do not.
+        bf16: what is judged goes through the towers in bfloat16; nodes, examples and queries do not.
         reference: tangent vectors [n, D] of ordinary items by channel (``text``, ``image``), by which
             the cones of nodes that a policy adds are narrowed.
     """
@@ -213,7 +213,7 @@ class SafetyModel:
         name: str = "model",
         triage: TriagePolicy | None = None,
         cache: Path | None = None,
-        bf16_text: bool = False,
+        bf16: bool = False,
         reference: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.encoder = encoder.eval()
@@ -222,7 +222,7 @@ class SafetyModel:
         self.name, self.triage = name, triage or TriagePolicy()
         self.reference = dict(reference or {})
         self.hash = self._hash()
-        self._cache, self.bf16_text = cache, bf16_text
+        self._cache, self.bf16 = cache, bf16
         self._tokenizer = Lock()  # it keeps its settings between calls
         self._features: dict[tuple[str, ...], Tensor] = {}
         self._examples: dict[str, Tensor] = {}
@@ -245,9 +245,12 @@ class SafetyModel:
         stack = np.stack([to_pixels(image, size) for image in images])
         return self._encode_pixels(torch.from_numpy(stack))
 
-    def _encode_pixels(self, pixels: Tensor) -> Points:
+    def _encode_pixels(self, pixels: Tensor, *, bf16: bool = False) -> Points:
+        device = self.encoder.device
         with torch.inference_mode():
-            return _frozen(self.encoder.encode_image(pixels.to(self.encoder.device)))
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                features = self.encoder.towers.encode_image(pixels.to(device))
+            return _frozen(self.encoder.lift("image", features))
 
     # ------------------------------------------------------------ the taxonomy on the space
 
@@ -516,7 +519,7 @@ class SafetyModel:
             stack = torch.from_numpy(
                 np.stack([s.pixels for s in batch.seen if s.pixels is not None])
             )
-            vectors = self._encode_pixels(stack).tangent().numpy()
+            vectors = self._encode_pixels(stack, bf16=self.bf16).tangent().numpy()
             for k, i in enumerate(rows):
                 points[i]["image"] = vectors[k : k + 1]
         # the text of an item whose picture is broken still speaks
@@ -564,7 +567,7 @@ class SafetyModel:
         with (
             torch.inference_mode(),
             # around all of them: it keeps the weights in bfloat16 until it ends
-            torch.autocast(device.type, torch.bfloat16, enabled=self.bf16_text),
+            torch.autocast(device.type, torch.bfloat16, enabled=self.bf16),
         ):
             for bucket in _buckets(lengths, at_once):
                 with self._tokenizer:
@@ -774,10 +777,10 @@ class SafetyModel:
 
     def hash_with(self, ocr: Any | None) -> str:
         """Hash of the model as a result depends on it: reading text in pictures is part of it, and
-        the numbers that texts are encoded with."""
-        if ocr is None and not self.bf16_text:
+        the numbers that items are encoded with."""
+        if ocr is None and not self.bf16:
             return self.hash
-        parts = [self.hash, *(["bf16 text"] if self.bf16_text else [])]
+        parts = [self.hash, *(["bf16"] if self.bf16 else [])]
         if ocr is not None:
             parts.append(getattr(ocr, "version", "unnamed reader"))
         return hashlib.sha256("/".join(parts).encode()).hexdigest()[:16]
@@ -920,7 +923,7 @@ def load(
     taxonomy: str | Path | None = None,
     cache: Path | None = None,
     towers: bool = True,
-    bf16_text: bool = False,
+    bf16: bool = False,
 ) -> SafetyModel:
     """Load a model by name.
 
@@ -931,7 +934,7 @@ def load(
         cache: where encoded taxonomies are kept; a user cache folder by default.
         towers: load the towers now. False loads only the heads of a model folder, which is enough
             to judge stored points; the towers follow when something has to be encoded.
-        bf16_text: encode the texts of a scan in bfloat16: faster where the processor has it, and
+        bf16: encode the items of a scan in bfloat16: faster where the processor has it, and
             a few ratings in a thousand differ. Points stay comparable with those of float32.
 
     Raises:
@@ -947,7 +950,7 @@ def load(
     calibration = Calibration.load(folder) if folder is not None else Calibration()
     return SafetyModel(
         encoder, load_taxonomy(taxonomy), calibration, name=name,
-        cache=cache or _cache_folder(), bf16_text=bf16_text,
+        cache=cache or _cache_folder(), bf16=bf16,
         reference=load_reference(folder) if folder is not None else None,
     )  # fmt: skip
 

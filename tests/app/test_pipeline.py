@@ -190,20 +190,26 @@ def test_work_ahead_comes_back_in_order_and_is_bounded() -> None:
     assert torch.get_num_threads() == threads
 
 
-def test_texts_in_bfloat16_are_judged_nearly_alike_under_another_hash(
+def test_items_in_bfloat16_are_judged_nearly_alike_under_another_hash(
     tiny_folder: Path, tiny_model: SafetyModel, tmp_path: Path
 ) -> None:
-    half = load(str(tiny_folder), cache=tmp_path, bf16_text=True)
+    half = load(str(tiny_folder), cache=tmp_path, bf16=True)
     texts = [f"text {i}" * (1 + i % 3) for i in range(9)]
-    wide, narrow = tiny_model.moderate(texts=texts), half.moderate(texts=texts)
+    pictures = [Image.new("RGB", (64, 64), (20 * i, 90, 200 - 20 * i)) for i in range(9)]
+    items: dict[str, Any] = {"texts": texts, "images": pictures}
+    wide, narrow = tiny_model.moderate(**items), half.moderate(**items)
     assert [r.p_unsafe for r in wide] == pytest.approx([r.p_unsafe for r in narrow], abs=0.05)
-    assert [r.radius for r in wide] != [r.radius for r in narrow]
+    for several in (slice(9), slice(9, None)):
+        assert [r.radius for r in wide[several]] != [r.radius for r in narrow[several]]
     assert half.hash == tiny_model.hash  # their points may be compared
     assert {r.hashes.model for r in narrow}.isdisjoint(r.hashes.model for r in wide)
     reader = Reader("words")
     assert half.hash_with(reader) not in (tiny_model.hash_with(reader), half.hash_with(None))
-    queries = [m.encode_text(texts).space for m in (half, tiny_model)]
-    assert torch.equal(*queries)
+    for queries in (
+        [m.encode_text(texts).space for m in (half, tiny_model)],
+        [m.encode_image(pictures).space for m in (half, tiny_model)],
+    ):
+        assert torch.equal(*queries)
 
 
 def test_long_text_goes_through_windows(tiny_model: SafetyModel) -> None:
