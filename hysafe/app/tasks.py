@@ -25,6 +25,7 @@ from hysafe.geometry import BoundedScalar, Points, get_space
 from hysafe.loss import (
     TaxonomyWeights,
     candidate_cross_entropy,
+    distillation,
     item_cones,
     node_cones,
     preset_loss,
@@ -187,6 +188,9 @@ class TaxonomyTask(EncoderTask):
             themselves entail nothing: that pulls them to the origin, where no distance tells them
             apart.
         concept_weight: of the concept within the category, where known.
+        teacher_weight: of the divergence, for texts, of the softmax over leaf margins from a linear
+            softmax over the same features, which learns beside it and is dropped (distillation,
+            Hinton et al. 2015): a linear layer finds the leaves more easily than cones do.
         label_smoothing: of the picture classes. leaf_smoothing: of the leaves.
         text_dropout: on text features, before the head.
         text_noise: standard deviation of Gaussian noise on text features, in units of their own:
@@ -196,7 +200,8 @@ class TaxonomyTask(EncoderTask):
         phrases: at most this many phrases a node (quick runs); all when None.
         init_from: folder of an earlier stage's export to start from.
         image_from: folder of an export whose image tower alone is taken (ImageTowerTask).
-        text_from: folder of an export whose text layers alone are taken (TextTowerTask).
+        text_from: folders of exports of which the text layers alone are taken, their mean
+            (TextTowerTask).
         text_side_from: folder of a finished encoder of which all but the image tower and its head
             is taken and stands still: texts, nodes, thresholds and whatever was trained on them (a
             guard) stay what they are, and only the picture head is trained.
@@ -226,6 +231,7 @@ class TaxonomyTask(EncoderTask):
         classifier_weight: float = 1.0,
         class_entail: float = 0.1,
         concept_weight: float = 0.2,
+        teacher_weight: float = 0.0,
         label_smoothing: float = 0.1,
         leaf_smoothing: float = 0.05,
         text_dropout: float = 0.1,
@@ -234,7 +240,7 @@ class TaxonomyTask(EncoderTask):
         phrases: int | None = None,
         init_from: str | None = None,
         image_from: str | None = None,
-        text_from: str | None = None,
+        text_from: str | list[str] | None = None,
         text_side_from: str | None = None,
         freeze_image: bool = False,
         freeze_text: bool = False,
@@ -270,6 +276,7 @@ class TaxonomyTask(EncoderTask):
         self.retrieval_weight = retrieval_weight
         self.image_leaf_weight, self.class_entail = image_leaf_weight, class_entail
         self.concept_weight, self.label_smoothing = concept_weight, label_smoothing
+        self.teacher_weight = teacher_weight
         self.leaf_smoothing = leaf_smoothing
         if init_from is not None:
             self.encoder = HyperbolicEncoder.load_directory(init_from)
@@ -282,7 +289,8 @@ class TaxonomyTask(EncoderTask):
         if image_from is not None:
             self.encoder.towers.take([image_from], "visual")
         if text_from is not None:
-            self.encoder.towers.take([text_from], "text")
+            folders = [text_from] if isinstance(text_from, str) else text_from
+            self.encoder.towers.take(folders, "text")
         self.text_stands = text_side_from is not None
         if text_side_from is not None:
             self.encoder.take_text_side(text_side_from)
@@ -315,6 +323,8 @@ class TaxonomyTask(EncoderTask):
         world = data.world
         if not hasattr(self, "classifier"):
             self.classifier = torch.nn.Linear(self.encoder.towers.embed_dim, len(world.names))
+        if self.teacher_weight and not hasattr(self, "teacher"):
+            self.teacher = torch.nn.Linear(self.encoder.towers.embed_dim, len(leaves.leaves))
         named = zip(world.names, world.chains, strict=True)
         self._class_phrases = [class_phrases(n, c) for n, c in named]
         hypernyms: dict[str, int] = {}
@@ -439,11 +449,12 @@ class TaxonomyTask(EncoderTask):
                 if self.cached
                 else self.text_features(texts["texts"])
             )
+            noisy = spoken_features
             if self.text_noise:
-                spread = spoken_features.std(-1, keepdim=True) * self.text_noise
-                spoken_features = spoken_features + spread * torch.randn_like(spoken_features)
-            spoken_features = F.dropout(spoken_features, self.text_dropout, self.training)
-            text = encoder.lift("text", spoken_features).space
+                spread = noisy.std(-1, keepdim=True) * self.text_noise
+                noisy = noisy + spread * torch.randn_like(noisy)
+            noisy = F.dropout(noisy, self.text_dropout, self.training)
+            text = encoder.lift("text", noisy).space
         nodes = encoder.place_nodes(self._node_features, self._leaves.depth, self._node_banks).space
         terms = self._image_terms(image, pictures["classes"], c)
         terms["classifier"] = F.cross_entropy(
@@ -455,7 +466,14 @@ class TaxonomyTask(EncoderTask):
         kinds = [("image", self.image_leaf_weight)]
         concept = image.sum() * 0
         if spoken:
-            terms.update(self._item_terms("text", text, texts["candidates"], nodes, c))
+            told = None
+            if self.teacher_weight:
+                learnt = self._teach(noisy)
+                terms["teacher"] = candidate_cross_entropy(
+                    learnt, texts["candidates"], smoothing=self.leaf_smoothing
+                ).mean()
+                told = self._teach(spoken_features)
+            terms.update(self._item_terms("text", text, texts["candidates"], nodes, c, told))
             terms["concept"] = concept = self._concept_term(text, texts["concepts"], nodes, c)
             kinds.append(("text", float(self.text_every)))
         edge, sibling = node_cones(nodes, self._edges, self._siblings, c, space=self.space)
@@ -473,6 +491,9 @@ class TaxonomyTask(EncoderTask):
                 + w.outside * terms[f"{kind}_outside"]
             )
         loss = loss + w.edge * edge + w.sibling * sibling + self.concept_weight * concept
+        if spoken and self.teacher_weight:
+            taught = terms["teacher"] + self.teacher_weight * terms["text_divergence"]
+            loss = loss + self.text_every * taught
         if self.global_step % 20 == 0:
             self.log_terms({"loss": loss, **terms})
             self.log("loss", loss.detach(), prog_bar=True, logger=False)
@@ -515,19 +536,33 @@ class TaxonomyTask(EncoderTask):
         return terms
 
     def _item_terms(
-        self, kind: str, items: Tensor, candidates: Tensor, nodes: Tensor, c: Tensor
+        self,
+        kind: str,
+        items: Tensor,
+        candidates: Tensor,
+        nodes: Tensor,
+        c: Tensor,
+        teacher: Tensor | None = None,
     ) -> dict[str, Tensor]:
         margins = self.space.pairwise_margin(nodes, items, c)  # [B, N]
         logits = margins[:, self._leaves.leaf_nodes] * self.encoder.cone_scale()
         inside, outside = self._leaves.cone_masks(candidates)
         pull, push = item_cones(margins, inside, outside)
-        return {
+        terms = {
             f"{kind}_leaf": candidate_cross_entropy(
                 logits, candidates, smoothing=self.leaf_smoothing
             ).mean(),
             f"{kind}_inside": pull,
             f"{kind}_outside": push,
         }
+        if teacher is not None:
+            terms[f"{kind}_divergence"] = distillation(logits, teacher)
+        return terms
+
+    def _teach(self, features: Tensor) -> Tensor:
+        """Logits of the teacher over the leaves [B, L]."""
+        x = features.detach()
+        return self.teacher(F.layer_norm(x, x.shape[-1:])).float()  # type: ignore[no-any-return]
 
     def _concept_term(self, items: Tensor, target: Tensor, nodes: Tensor, c: Tensor) -> Tensor:
         """Cross entropy over the concepts of the item's category, where the concept is known."""

@@ -6,6 +6,7 @@ from hysafe.loss.presets import PRESETS, Preset, preset_loss
 from hysafe.loss.taxonomy import (
     TaxonomyWeights,
     candidate_cross_entropy,
+    distillation,
     item_cones,
     node_cones,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "candidate_cross_entropy",
     "cone_negatives",
     "contrastive",
+    "distillation",
     "entailment",
     "item_cones",
     "node_cones",

@@ -12,11 +12,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hysafe.geometry import Space
 from hysafe.loss.entailment import GAMMA, cone_negatives, entailment
 
-__all__ = ["TaxonomyWeights", "candidate_cross_entropy", "item_cones", "node_cones"]
+__all__ = [
+    "TaxonomyWeights",
+    "candidate_cross_entropy",
+    "distillation",
+    "item_cones",
+    "node_cones",
+]
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,21 @@ def candidate_cross_entropy(
     log_p = torch.log_softmax(logits.float(), dim=-1)
     inside = log_p.masked_fill(~candidates, -torch.inf).logsumexp(-1)
     return -(1 - smoothing) * inside - smoothing * log_p.mean(-1)
+
+
+def distillation(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Divergence of a student's softmax from its teacher's, which gets no gradient.
+
+    Args:
+        logits, teacher: [B, L] over leaves.
+
+    Returns:
+        Mean of KL(teacher || student) over the items, in nats.
+
+    Source: Hinton et al. 2015, "Distilling the knowledge in a neural network", temperature 1.
+    """
+    student, target = logits.float().log_softmax(-1), teacher.detach().float().log_softmax(-1)
+    return F.kl_div(student, target, reduction="batchmean", log_target=True)
 
 
 def item_cones(

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from hysafe.app.image_task import ancestor_cross_entropy, colour_jitter, paste_box
 from hysafe.app.tasks import random_resized_crop_flip
@@ -43,6 +44,15 @@ def test_tiny_runs_two_steps_logs_and_exports(space: str, tmp_path: Path) -> Non
     encoder = HyperbolicEncoder.load_directory(tmp_path / "model")
     assert encoder.space == space
     assert (tmp_path / "environment.json").is_file()
+
+
+def test_a_teacher_learns_beside_and_is_not_shipped(tmp_path: Path) -> None:
+    fit("tiny", tmp_path, "--model.teacher_weight", "4",
+        "--trainer.logger.init_args.save_dir", str(tmp_path))  # fmt: skip
+    with (tmp_path / "csv/metrics.csv").open() as lines:
+        columns = set(next(csv.reader(lines)))
+    assert {"train/teacher", "train/text_divergence"} <= columns
+    assert not [k for k in load_file(tmp_path / "model/model.safetensors") if "teacher" in k]
 
 
 def test_resume_goes_on_from_the_checkpoint(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from hysafe.loss import (
     candidate_cross_entropy,
     cone_negatives,
     contrastive,
+    distillation,
     entailment,
     item_cones,
     node_cones,
@@ -236,6 +237,9 @@ LOSSES: dict[str, Loss] = {
     ).mean(),
     "cone_negatives": lambda space, a, b: cone_negatives(a, b, C, space=space),
     "contrastive": lambda space, a, b: contrastive(a, b, C, 2.0, space=space),
+    "distillation": lambda space, a, b: distillation(
+        space.pairwise_margin(a, b, C), torch.eye(len(b), len(a))
+    ),
     "entailment": lambda space, a, b: entailment(a, b, C, space=space),
     "item_cones": _item_cones,
     "node_cones": _node_cones,

@@ -12,7 +12,14 @@ from hysafe.data.label_map import RISK, SAFE
 from hysafe.data.leaves import LeafSpace
 from hysafe.errors import TaxonomyError
 from hysafe.geometry import get_space
-from hysafe.loss import candidate_cross_entropy, cone_negatives, entailment, item_cones, node_cones
+from hysafe.loss import (
+    candidate_cross_entropy,
+    cone_negatives,
+    distillation,
+    entailment,
+    item_cones,
+    node_cones,
+)
 from hysafe.loss.entailment import GAMMA
 from hysafe.taxonomy import Policy, Taxonomy, load_taxonomy
 
@@ -39,6 +46,18 @@ def test_with_several_candidates_it_is_minus_the_log_of_their_summed_probability
     p = torch.softmax(x, -1)
     expected = [-math.log(sum(p[i, mask[i]].tolist())) for i in range(len(x))]
     torch.testing.assert_close(candidate_cross_entropy(x, mask), torch.tensor(expected))
+
+
+def test_distillation_is_the_mean_divergence_and_moves_the_student_alone() -> None:
+    student, teacher = (torch.randn(5, 7, requires_grad=True) for _ in range(2))
+    found = distillation(student, teacher)
+    told, learnt = (torch.distributions.Categorical(logits=x) for x in (teacher, student))
+    torch.testing.assert_close(found, torch.distributions.kl_divergence(told, learnt).mean())
+    found.backward()
+    assert teacher.grad is None
+    expected = (student.softmax(-1) - teacher.softmax(-1)) / 5
+    torch.testing.assert_close(student.grad, expected.detach())
+    assert float(distillation(teacher, teacher)) == pytest.approx(0, abs=1e-6)
 
 
 def test_all_leaves_as_candidates_teach_nothing() -> None:
