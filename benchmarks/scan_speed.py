@@ -142,7 +142,8 @@ def plain_loop(a: argparse.Namespace, model: Any, source: Path) -> Callable[[], 
     files = sorted(source.iterdir())[:LOOP_ITEMS]
 
     def run() -> None:
-        with torch.no_grad():
+        half = torch.autocast("cpu", torch.bfloat16, enabled=a.bf16)
+        with torch.no_grad(), half:
             for start in range(0, len(files), a.batch):
                 images = [preprocess(Image.open(f)) for f in files[start : start + a.batch]]
                 features = towers.model.encode_image(torch.stack(images))
@@ -226,7 +227,7 @@ def watched_scan(a: argparse.Namespace) -> dict[str, float]:
     decode processes, and of both together."""
     from hysafe.app.pipeline import load
 
-    model = load(a.model)
+    model = load(a.model, bf16=a.bf16)
     model.place(model.view())
     list(model.judge([]))
     model.moderate(texts=["a line"])  # what the first text loads belongs to the model

@@ -104,7 +104,8 @@ class GuardNamer:
     def names(
         self, items: Sequence[Evidence], view: PolicyView, *, always: bool = False
     ) -> list[Naming | None]:
-        """Names of items; the rationale is the guard's.
+        """Names of items, with the guard's rationale; a picture without text that has a name gets
+        one of the list of what pictures show, with the words that led to it.
 
         Args:
             view: the policy.
@@ -143,7 +144,7 @@ class GuardNamer:
             for i, (item, naming) in enumerate(zip(items, found, strict=True))
             if naming and naming.name and item.channels == ("image",)
         ]
-        if self._shown is not None and pictures and not always:
+        if self._shown is not None and pictures:
             stack = np.concatenate([items[i].vectors for i in pictures])
             for i, shown in zip(pictures, self._of_pictures(stack, view), strict=True):
                 found[i] = shown or found[i]

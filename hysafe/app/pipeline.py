@@ -75,7 +75,8 @@ TEXT_TOKENS, TEXT_TOKENS_DEVICE = 512, 16384
 
 @dataclass(frozen=True)
 class ScanOptions:
-    """How a scan runs; none of it changes a result, but that of a picture beyond the limits.
+    """How a scan runs; none of it changes a result, but that of a picture beyond the limits,
+    and with a `bf16` model last digits.
 
     Args:
         batch: pictures a batch; of texts it takes four times as many.
@@ -775,12 +776,13 @@ class SafetyModel:
 
     # ------------------------------------------------------------ identity
 
-    def hash_with(self, ocr: Any | None) -> str:
+    def hash_with(self, ocr: Any | None, *, bf16: bool | None = None) -> str:
         """Hash of the model as a result depends on it: reading text in pictures is part of it, and
-        the numbers that items are encoded with."""
-        if ocr is None and not self.bf16:
+        the numbers that items are encoded with (by default this model's)."""
+        half = self.bf16 if bf16 is None else bf16
+        if ocr is None and not half:
             return self.hash
-        parts = [self.hash, *(["bf16"] if self.bf16 else [])]
+        parts = [self.hash, *(["bf16"] if half else [])]
         if ocr is not None:
             parts.append(getattr(ocr, "version", "unnamed reader"))
         return hashlib.sha256("/".join(parts).encode()).hexdigest()[:16]

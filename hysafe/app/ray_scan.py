@@ -153,6 +153,8 @@ def ray_scan(
         CollectionError: the disk is full, or a shard is damaged.
         HysafeError: no progress within the timeout, or workers that end again and again.
     """
+    if model.bf16:
+        raise ConfigError(f"workers encode in float32. Load {model.name} without bf16.")
     check_ray()
     cluster, options = cluster or ClusterOptions(), options or ScanOptions()
     out = local_folder(out, "--out")

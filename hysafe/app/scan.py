@@ -98,7 +98,8 @@ def scan(
 ) -> ScanSummary:
     """Judge everything under `paths` and write the outputs into `out`.
 
-    Afterwards the outputs are those of a first scan of the paths, whatever stood in `out` before: a
+    Afterwards the outputs are those of a first scan of the paths (with a `bf16` model but for last
+    digits), whatever stood in `out` before: a
     scan that was killed goes on where it stood, and what a scan with the same model encoded before
     is not encoded again. Items of the same content are encoded once and have a row each.
 
@@ -325,6 +326,11 @@ def add(
     meta = collection.meta
     if model.hash_with(ocr) != (meta.reading or meta.model):
         how = "with" if meta.reads else "without"
+        if model.hash_with(ocr, bf16=not model.bf16) == (meta.reading or meta.model):
+            raise CollectionError(
+                f"{collection.folder}: scanned {'without' if model.bf16 else 'with'} --bf16. Add "
+                f"items as they were scanned: load(..., bf16={not model.bf16})."
+            )
         raise CollectionError(
             f"{collection.folder}: scanned {how} reading text in pictures, or by another reader "
             f"({meta.reading}, this is {model.hash_with(ocr)}). Add items as they were scanned."

@@ -292,6 +292,10 @@ class TaxonomyTask(EncoderTask):
             folders = [text_from] if isinstance(text_from, str) else text_from
             self.encoder.towers.take(folders, "text")
         self.text_stands = text_side_from is not None
+        if self.text_stands and teacher_weight:
+            raise ConfigError(
+                "teacher_weight is for texts, and with text_side_from these stand still. Set it to 0."
+            )
         if text_side_from is not None:
             self.encoder.take_text_side(text_side_from)
             self.encoder.requires_grad_(False)

@@ -214,12 +214,12 @@ class HyperbolicEncoder(
             ModelError: no encoder, or other settings than this one's.
         """
         other = self.load_directory(path)
-        ours, theirs = _text_config(self.config), _text_config(other.config)
+        ours, theirs = _flat(_text_config(self.config)), _flat(_text_config(other.config))
         for key in sorted({*ours, *theirs}):
             if ours.get(key) != theirs.get(key):
                 raise ModelError(
-                    f"{path}: its {key} is another than this encoder's. Take the settings that it "
-                    "was trained with."
+                    f"{path}: its {key} is another than this encoder's ({theirs.get(key)}, here "
+                    f"{ours.get(key)}). Take the settings that it was trained with."
                 )
         shapes = self.state_dict()
         self.load_state_dict(
@@ -334,6 +334,16 @@ def _text_config(config: dict[str, Any]) -> dict[str, Any]:
             k: v for k, v in architecture["model_cfg"].items() if k != "vision_cfg"
         }
     return {**config, "architecture": architecture}
+
+
+def _flat(config: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Settings under the names that lead to them, as in ``architecture.image_size``."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat.update(
+            _flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
+        )
+    return flat
 
 
 def bank_hash(phrases: Sequence[str]) -> str:

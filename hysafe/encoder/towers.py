@@ -250,6 +250,8 @@ class Towers(nn.Module):
 
         Source: Wortsman et al. 2022, "Model soups".
         """
+        if not folders:
+            raise ModelError("no folder to take a tower from. Give at least one export.")
         states = [self._read(Path(folder), part) for folder in folders]
         mean = {
             k: torch.stack([state[k].float() for state in states]).mean(0).to(v.dtype)

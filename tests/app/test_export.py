@@ -307,6 +307,14 @@ def test_adding_with_another_reader_is_refused(
         add(collection, tiny_model, [str(source)], ocr=Reader())
 
 
+def test_adding_in_other_numbers_is_refused(
+    collection: Collection, source: Path, tiny_model: SafetyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_model, "bf16", True)
+    with pytest.raises(CollectionError, match="scanned without --bf16"):
+        add(collection, tiny_model, [str(source)])
+
+
 # ---------------------------------------------------------------- annotate
 
 

@@ -314,7 +314,7 @@ def test_pictures_of_another_image_side_are_seen_from_its_own_centre(warm: Path)
 
 
 def test_a_guard_keeps_its_verdict_on_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is novel is the guard's to say; only the word comes from the list."""
+    """What is novel is the guard's to say; what it is called comes from the list."""
     model = load("mini")
     namer = load_guard("mini-guard", model)
     vectors = model.encode_text(["a dog on a lawn", "a cat"]).tangent().numpy()

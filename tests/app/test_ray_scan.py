@@ -558,6 +558,14 @@ def run(source: Any, out: Path, model: SafetyModel, **options: Any) -> Any:
     return ray_scan([str(source)], out, model, place, **settings)
 
 
+def test_workers_encode_in_float32(
+    source: Path, tmp_path: Path, tiny_model: SafetyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_model, "bf16", True)
+    with pytest.raises(ConfigError, match="float32"):
+        run(source, tmp_path / "out", tiny_model)
+
+
 @needs_ray
 @pytest.mark.timeout(900)
 def test_a_scan_on_a_cluster_is_that_of_this_machine(

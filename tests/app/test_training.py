@@ -11,15 +11,14 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
 
 from hysafe.app.image_task import ancestor_cross_entropy, colour_jitter, paste_box
-from hysafe.app.tasks import random_resized_crop_flip
+from hysafe.app.tasks import TaxonomyTask, random_resized_crop_flip
 from hysafe.app.training import embed_main
 from hysafe.data.datamodule import _Batches
 from hysafe.encoder import HyperbolicEncoder
 from hysafe.encoder.towerless import TowerlessEncoder
-from hysafe.errors import ModelError
+from hysafe.errors import ConfigError, ModelError
 from hysafe.evaluate.novelty_data import read_held_out
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "embed"
@@ -46,13 +45,25 @@ def test_tiny_runs_two_steps_logs_and_exports(space: str, tmp_path: Path) -> Non
     assert (tmp_path / "environment.json").is_file()
 
 
-def test_a_teacher_learns_beside_and_is_not_shipped(tmp_path: Path) -> None:
-    fit("tiny", tmp_path, "--model.teacher_weight", "4",
-        "--trainer.logger.init_args.save_dir", str(tmp_path))  # fmt: skip
-    with (tmp_path / "csv/metrics.csv").open() as lines:
-        columns = set(next(csv.reader(lines)))
-    assert {"train/teacher", "train/text_divergence"} <= columns
-    assert not [k for k in load_file(tmp_path / "model/model.safetensors") if "teacher" in k]
+def test_a_teacher_moves_the_text_head(tmp_path: Path) -> None:
+    heads = {}
+    for weight in ("0", "4", "40"):
+        folder = tmp_path / weight
+        fit("tiny", folder, "--model.teacher_weight", weight, "--trainer.logger", "false")
+        encoder = HyperbolicEncoder.load_directory(folder / "model")
+        heads[weight] = encoder.heads["text"].linear.weight
+        (last,) = folder.glob("**/last.ckpt")
+        state = torch.load(last, weights_only=True)["state_dict"]
+        assert ("teacher.weight" in state) == (weight != "0")
+    assert not torch.equal(heads["0"], heads["4"])
+    assert not torch.equal(heads["4"], heads["40"])
+
+
+def test_a_teacher_needs_texts_that_move(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="stand still"):
+        TaxonomyTask(text_side_from=str(tmp_path), teacher_weight=1.0)
+    with pytest.raises(ModelError, match="at least one"):
+        TaxonomyTask(text_from=[])
 
 
 def test_resume_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
@@ -258,9 +269,12 @@ def test_a_picture_head_on_a_text_side_that_stands_still(tmp_path: Path) -> None
         assert torch.equal(value, second.towers.model.visual.state_dict()[name]), name
     fresh = image.heads["image"].linear.weight
     assert not torch.equal(second.heads["image"].linear.weight, fresh)
-    for key, value in (("dim", 8), ("space", "euclidean")):
+    longer = {**first.config["architecture"], "context_length": 99}
+    others = {"dim": 8, "space": "euclidean", "architecture": longer}
+    names = ("dim", "space", "architecture.context_length")
+    for (key, value), name in zip(others.items(), names, strict=True):
         other = HyperbolicEncoder(**{**first.config, key: value})
-        with pytest.raises(ModelError, match=f"its {key} is another"):
+        with pytest.raises(ModelError, match=f"its {name} is another"):
             other.take_text_side(tmp_path / "first/model")
 
 
