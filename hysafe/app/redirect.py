@@ -13,6 +13,7 @@ from hysafe.app.stored import judge_items, view_of
 from hysafe.errors import ConfigError
 from hysafe.geometry import Points
 from hysafe.index import Collection
+from hysafe.index.collection import RADIUS_SHARE
 from hysafe.index.search import Hit
 from hysafe.score.redirect import redirect
 from hysafe.taxonomy import Policy, PolicyView
@@ -56,10 +57,10 @@ def redirect_queries(
 ) -> list[Redirection]:
     """Safe answers to a batch of queries.
 
-    Answers are ordered by distance alone: a moved query lies near the origin itself.
-
     A query whose risk is below the threshold is answered where it is; a risky one is moved along
-    its geodesic towards the origin until it is.
+    its geodesic towards the origin until it is. A query that is neither moved nor of more risk
+    than `at_most` gets its answers in the order of `hysafe search`; the others by distance alone,
+    for a moved query lies near the origin itself.
 
     Args:
         queries: points [Q, D] of the collection's model.
@@ -98,9 +99,14 @@ def redirect_queries(
         rows, risks = rows[kept], risks[kept]
     hits_of: list[list[Hit]] = [[] for _ in range(len(queries))]
     bound = ~(before <= at_most)  # a risk that is no number is doubtful
-    for doubtful, among in ((False, rows), (True, rows[risks <= at_most])):
-        chosen = bound.eq(doubtful).nonzero().squeeze(1)
-        found_hits = collection.index.search(done.points[chosen], k, rows=among)
+    plain = ~bound & (before < limit)  # not moved, and in no doubt
+    for group, among, share in (
+        (plain, rows, RADIUS_SHARE),
+        (~bound & ~plain, rows, 0.0),
+        (bound, rows[risks <= at_most], 0.0),
+    ):
+        chosen = group.nonzero().squeeze(1)
+        found_hits = collection.index.search(done.points[chosen], k, rows=among, radius_share=share)
         for q, hits in zip(chosen.tolist(), found_hits, strict=True):
             hits_of[q] = hits
     answers = []

@@ -77,11 +77,19 @@ def test_a_safe_query_is_answered_as_a_search_among_safe_items(
     safe = (model.risk(points, model.view()) < model.triage.unsafe_from).nonzero().squeeze(1)
     query = points[safe[:1]]
     (answer,) = redirect_queries(collection, model, query, k=4, at_most=1.0)
-    (hits,) = collection.search(
-        query, model=model.hash, k=4, where="rating = 'safe'", radius_share=0.0
-    )
+    (hits,) = collection.search(query, model=model.hash, k=4, where="rating = 'safe'")
     assert [f.distance for f in answer.found] == pytest.approx([h.distance for h in hits], abs=1e-6)
     assert answer.radius[0] == answer.radius[1]
+
+
+def test_a_query_in_doubt_is_answered_by_distance_alone(
+    collection: Collection, model: SafetyModel
+) -> None:
+    query = model.encode_text(TEXTS[:1])
+    for settings in ({"at_most": 1.0, "threshold": 0.0}, {"at_most": 0.0, "threshold": 1.0}):
+        (answer,) = redirect_queries(collection, model, query, k=4, review=True, **settings)
+        distances = [f.distance for f in answer.found]
+        assert distances == sorted(distances)
 
 
 def test_answers_to_risky_queries_have_little_risk(
