@@ -47,8 +47,8 @@ __all__ = [
 PROPOSALS = "proposals.yaml"
 # Novel items that are looked at; of more, a sample. Ordinary items that the space is whitened by.
 MOST_ITEMS, REFERENCE = 20_000, 4000
-# Members of a cluster that are named, and pictures of it that a new node takes as examples, those nearest
-# to its middle first.
+# Members of a cluster that are named, those nearest to its middle, and pictures of it that a new node takes
+# as examples.
 NAMED, PICTURES = 48, 20
 CHUNK = 2048
 NOVELTY = ("novelty_policy", "novelty_distribution")
@@ -238,8 +238,10 @@ def _order(channel: Channel, row: int) -> tuple[float, float]:
 
 
 def _pictures(collection: Collection, found: _Novel, members: np.ndarray) -> list[Example]:
-    """Files of the first members of a cluster, those that are still there and unchanged."""
-    items = collection.take([found.places[k] for k in members[:PICTURES]])
+    """Files of members of a cluster, those that are still there and unchanged: the medoid first, then
+    evenly outwards, for the middle alone is narrower than the cluster."""
+    spread = np.linspace(0, len(members) - 1, min(PICTURES, len(members))).round().astype(int)
+    items = collection.take([found.places[k] for k in members[spread]])
     files = [item for item in items if Path(item.source).is_file()]
     media = read_media(files)
     shown = [(item.source, media[item.id].image) for item in files if item.id in media]

@@ -5,7 +5,8 @@ ones of raw tangent vectors, put nearly all items into one cluster, for a few di
 texts spread drown the rest. Divided by the covariance of ordinary items of the collection, directions
 separate intents and categories; average linkage leaves strays out, where Ward's takes them in.
 
-The dendrogram is cut where the mean silhouette is greatest. Two directions that have nothing to do
+The dendrogram is cut where the sum of the groups' squared mean silhouettes, each times its size, is
+greatest: unsquared, two or three loose groups of nearly everything can outweigh many tight ones. Two directions that have nothing to do
 with each other are :math:`\sqrt 2` apart: so far is, at most, the "other cluster" that the silhouette
 of an item is measured against, which makes one cluster alone a possible answer. An item that is in no
 cluster of the least size and the least silhouette counts 0.
@@ -99,7 +100,7 @@ def find_clusters(
 
 
 def _cut(units: np.ndarray, least: int) -> list[np.ndarray]:
-    """Groups of at least `least` rows, at the cut with the best silhouette."""
+    """Groups of at least `least` rows, at the cut with the best silhouettes."""
     n = len(units)
     if n < 2:
         return []
@@ -114,7 +115,7 @@ def _cut(units: np.ndarray, least: int) -> list[np.ndarray]:
             continue
         each = zip(groups, silhouettes(distances, groups), strict=True)
         kept = [(g, s) for g, s in each if s >= LEAST_SILHOUETTE]
-        score = float(sum(len(g) * s for g, s in kept))
+        score = float(sum(len(g) * s**2 for g, s in kept))
         if score > best[0]:
             best = score, [g for g, _ in kept]
     return best[1]

@@ -45,6 +45,22 @@ def test_planted_groups_come_back() -> None:
     assert (labels[members] < 0).mean() < 0.1
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_tight_groups_are_not_outweighed_by_loose_ones_of_everything(seed: int) -> None:
+    """Two kinds; of each four groups of 8 that share more, and 12 items that do not."""
+    rng, dim = np.random.default_rng(seed), 300
+    axes = np.linalg.qr(rng.normal(size=(dim, dim)))[0]
+    groups = np.repeat([*range(8), -1, -1], [8] * 8 + [12, 12])
+    kinds = np.repeat([0, 1, 0, 1], [32, 32, 12, 12])
+    noise = rng.normal(size=(len(groups), dim)) / np.sqrt(dim)
+    tight = (groups >= 0)[:, None]
+    x = np.sqrt(0.2) * axes[kinds] + np.sqrt(0.28) * tight * axes[10 + groups]
+    x += np.sqrt(np.where(tight, 0.52, 0.8)) * noise
+    found = find_clusters(x, Whitening(np.zeros(dim), np.eye(dim)), min_size=6)
+    best = [max(f1(c.members, groups == k) for c in found) for k in range(8)]
+    assert np.mean(best) > 0.7  # two loose groups have 0.3
+
+
 def test_without_whitening_the_shared_spread_hides_them() -> None:
     x, labels, _ = planted()
     none = Whitening(np.zeros(DIM), np.eye(DIM))
