@@ -225,7 +225,8 @@ def calibrate(
     a, b = choosing & told, ~choosing & told
     _check_both_kinds(unsafe[a], unsafe[b], len(labels), absent)
 
-    base = _base_threshold(table)
+    base_rule = _base_rule(table)
+    base = base_rule[0]
     chosen = choose_threshold(p[a], unsafe[a] == TRUE, target)
     in_force = base if chosen is None else chosen
     overall = NodeThreshold(
@@ -244,7 +245,7 @@ def calibrate(
         own = {node: t for node, (t, _) in picks.items() if t is not None and use != "none"}
         if use == "above":
             own = {node: t for node, t in own.items() if t >= in_force}
-        return *_with_thresholds(view, table, chosen, base, own), own
+        return *_with_thresholds(view, table, chosen, base_rule, own), own
 
     def rated(under: Policy, part: int) -> RatingFigures:
         return _ratings(collection, model, model.view(under), *parts[part])
@@ -520,22 +521,30 @@ def _labelled_nodes(items: Sequence[_Scored], view: PolicyView, table: NodeTable
     return _LabelledNodes(nodes, torch.from_numpy(truth), torch.from_numpy(scores).double())
 
 
-def _base_threshold(table: NodeTable) -> float:
-    """The threshold of most categories: that of p_unsafe, as far as a policy has one."""
+_Rule = tuple[float, str]
+
+
+def _rule_of(view: PolicyView, node: str) -> _Rule:
+    """Threshold and status: a sensitive node keeps its own where others come to the same number."""
+    return view.threshold(node), view.status(node)
+
+
+def _base_rule(table: NodeTable) -> _Rule:
+    """Threshold and status of most categories: that of p_unsafe, as far as a policy has one."""
     view = table.view
-    counts = Counter(view.threshold(table.leaf_ids[i]) for i in table.risk.nonzero()[:, 0].tolist())
+    counts = Counter(_rule_of(view, table.leaf_ids[i]) for i in table.risk.nonzero()[:, 0].tolist())
     if not counts:
         raise ConfigError(
             f"policy {view.policy.name!r}: every category is off, there is nothing to calibrate."
         )
-    return max(counts, key=lambda t: (counts[t], -abs(t - DEFAULT_THRESHOLD)))
+    return max(counts, key=lambda r: (counts[r], -abs(r[0] - DEFAULT_THRESHOLD)))
 
 
 def _with_thresholds(
     view: PolicyView,
     table: NodeTable,
     chosen: float | None,
-    base: float,
+    base: _Rule,
     own: Mapping[str, float],
 ) -> tuple[Policy, tuple[str, ...]]:
     """The policy with thresholds of nodes, and of p_unsafe for all others that had its old one.
@@ -554,8 +563,8 @@ def _with_thresholds(
             rules[node] = replace(rules.get(node, NodeRule()), threshold=threshold)
 
     def wanted(node: str) -> float:
-        before = view.threshold(node)
-        return own.get(node, chosen if chosen is not None and before == base else before)
+        follows = _rule_of(view, node) == base
+        return own.get(node, chosen if chosen is not None and follows else view.threshold(node))
 
     for domain in view.taxonomy.of_kind("domain"):
         if view.active(domain.id):
@@ -564,7 +573,7 @@ def _with_thresholds(
     for category in categories:
         put(category, wanted(category))
     followers = tuple(
-        c for c in categories if chosen is not None and c not in own and wanted(c) == chosen
+        c for c in categories if chosen is not None and c not in own and _rule_of(view, c) == base
     )
     return policy, followers
 

@@ -178,7 +178,24 @@ def test_entries_of_a_policy_stay_and_its_own_thresholds_too(
         collection, model, truth(), Target("recall", 0.7), policy=found.policy, use="all"
     )
     fresh = calibrate(collection, model, truth(), Target("recall", 0.7), policy=given, use="all")
-    assert again.policy == fresh.policy
+    views = [model.view(c.policy) for c in (again, fresh)]
+    rated = [{n.id: (v.threshold(n.id), v.status(n.id)) for n in v.taxonomy} for v in views]
+    assert rated[0] == rated[1]
+
+
+def test_a_sensitive_node_is_no_follower_of_the_same_number(
+    collection: Collection, model: SafetyModel
+) -> None:
+    """The threshold that is chosen here happens to be that of sensitive nodes."""
+    given = Policy.from_dict({
+        "name": "shop",
+        "nodes": {**{f"D{i}": {"threshold": 0.25} for i in range(1, 13)},
+                  "8.1": {"status": "sensitive"}},
+    })  # fmt: skip
+    found = calibrate(collection, model, truth(), PRECISION, policy=given, use="none")
+    assert "8.1" not in found.followers
+    assert "8.2" in found.followers
+    assert model.view(found.policy).threshold("8.1") == 0.25
 
 
 def test_a_policy_that_is_written_is_read_and_rated_alike(
