@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from hysafe.app.pipeline import SafetyModel, rounded
 from hysafe.app.search import DIGITS, Found
@@ -58,9 +59,9 @@ def redirect_queries(
     """Safe answers to a batch of queries.
 
     A query whose risk is below the threshold is answered where it is; a risky one is moved along
-    its geodesic towards the origin until it is. A query that is neither moved nor of more risk
-    than `at_most` gets its answers in the order of `hysafe search`; the others by distance alone,
-    for a moved query lies near the origin itself.
+    its geodesic towards the origin until it is. A text that stays where it is gets its answers
+    in the order of `hysafe search`; pictures, and what is moved and so lies near the origin itself,
+    by distance alone.
 
     Args:
         queries: points [Q, D] of the collection's model.
@@ -99,11 +100,13 @@ def redirect_queries(
         rows, risks = rows[kept], risks[kept]
     hits_of: list[list[Hit]] = [[] for _ in range(len(queries))]
     bound = ~(before <= at_most)  # a risk that is no number is doubtful
-    plain = ~bound & (before < limit)  # not moved, and in no doubt
+    # a text that stands where it was; pictures are found better by distance alone
+    plain = (before < limit) if channel == "text" else torch.zeros_like(bound)
     for group, among, share in (
-        (plain, rows, RADIUS_SHARE),
+        (~bound & plain, rows, RADIUS_SHARE),
         (~bound & ~plain, rows, 0.0),
-        (bound, rows[risks <= at_most], 0.0),
+        (bound & plain, rows[risks <= at_most], RADIUS_SHARE),
+        (bound & ~plain, rows[risks <= at_most], 0.0),
     ):
         chosen = group.nonzero().squeeze(1)
         found_hits = collection.index.search(done.points[chosen], k, rows=among, radius_share=share)

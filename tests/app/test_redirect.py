@@ -82,12 +82,14 @@ def test_a_safe_query_is_answered_as_a_search_among_safe_items(
     assert answer.radius[0] == answer.radius[1]
 
 
-def test_a_query_in_doubt_is_answered_by_distance_alone(
+def test_a_picture_and_a_moved_text_are_answered_by_distance_alone(
     collection: Collection, model: SafetyModel
 ) -> None:
     query = model.encode_text(TEXTS[:1])
-    for settings in ({"at_most": 1.0, "threshold": 0.0}, {"at_most": 0.0, "threshold": 1.0}):
-        (answer,) = redirect_queries(collection, model, query, k=4, review=True, **settings)
+    for channel, threshold in (("text", 0.0), ("image", 1.0)):
+        (answer,) = redirect_queries(
+            collection, model, query, k=4, review=True, channel=channel, threshold=threshold
+        )
         distances = [f.distance for f in answer.found]
         assert distances == sorted(distances)
 
