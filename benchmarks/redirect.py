@@ -31,7 +31,7 @@ from hysafe.geometry import Points
 from hysafe.index import Collection
 from hysafe.types import Sample
 
-# Of a plain search: as in the product, and by distance alone, as redirection orders.
+# Of a plain search: as in the product, and by distance alone, as redirection orders pictures and moved texts.
 ORDERS: tuple[dict[str, float], ...] = ({}, {"radius_share": 0.0})
 
 

@@ -3,7 +3,7 @@
 Among all sentences of a split of the contrast set, lines of chats that say next to nothing (at most three
 letters) and pictures of Tiny-ImageNet (held-out training pictures; `--split test`: val.parquet), risky
 sentences ask for the others of their category, "a photo of a CLASS" and pictures for those of the class.
-`hysafe search` ranks by the distance less half the item's radius.
+`hysafe search` ranks by the distance less three quarters of the item's radius.
 """
 
 from __future__ import annotations

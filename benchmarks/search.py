@@ -474,7 +474,7 @@ def main() -> None:
     parser.add_argument("--no-exact", action="store_true")
     parser.add_argument("--no-cells", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--radius-share", type=float, default=0.5, help="as of hysafe search")
+    parser.add_argument("--radius-share", type=float, default=0.75, help="as of hysafe search")
     parser.add_argument(
         "--memory", type=int, metavar="D", help="only: what a search of D dimensions holds"
     )

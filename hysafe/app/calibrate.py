@@ -525,7 +525,8 @@ _Rule = tuple[float, str]
 
 
 def _rule_of(view: PolicyView, node: str) -> _Rule:
-    """Threshold and status: a sensitive node keeps its own where others come to the same number."""
+    """Threshold and status: a sensitive node among others keeps its own where theirs comes to the same
+    number."""
     return view.threshold(node), view.status(node)
 
 
@@ -547,7 +548,7 @@ def _with_thresholds(
     base: _Rule,
     own: Mapping[str, float],
 ) -> tuple[Policy, tuple[str, ...]]:
-    """The policy with thresholds of nodes, and of p_unsafe for all others that had its old one.
+    """The policy with thresholds of nodes, and of p_unsafe for all others that had its old one and its status.
 
     Where all categories have one threshold t, the weighted risk reaches 0.5 exactly where p_unsafe
     reaches t: so the threshold of p_unsafe is written as that of the domains, and of categories

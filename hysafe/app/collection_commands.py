@@ -56,7 +56,7 @@ def add_commands(commands: Any) -> None:
     how.add_argument("--exact", action="store_false", dest="approximate",
                      help="compare with every item")  # fmt: skip
     search.add_argument("--radius-share", type=float, metavar="S",
-                        help="order by the distance less S times the item's radius (default: 0.5; 0: "
+                        help="order by the distance less S times the item's radius (default: 0.75; 0: "
                         "by the distance alone)")  # fmt: skip
     _add_judging(search)
     _add_listing(search, None, "50; with --node those of them with a score of 0.1 or more")

@@ -31,8 +31,8 @@ class Redirection:
 
     Args:
         radius, risk: of the query before and after. reached: the risk fell below the threshold.
-        found: items, nearest to the moved query first; never one rated unsafe, and only on request
-            one rated review.
+        found: items, in the order of :func:`redirect_queries`; never one rated unsafe, and only on
+            request one rated review.
         at_most: p_unsafe that the answers have at most; None where the query has no more itself.
     """
 
@@ -59,9 +59,9 @@ def redirect_queries(
     """Safe answers to a batch of queries.
 
     A query whose risk is below the threshold is answered where it is; a risky one is moved along
-    its geodesic towards the origin until it is. A text that stays where it is gets its answers
-    in the order of `hysafe search`; pictures, and what is moved and so lies near the origin itself,
-    by distance alone.
+    its geodesic towards the origin until it is. A text whose risk is below the threshold gets
+    its answers in the order of `hysafe search`; pictures and other texts, which end near the origin
+    themselves, by distance alone.
 
     Args:
         queries: points [Q, D] of the collection's model.
@@ -109,6 +109,8 @@ def redirect_queries(
         (bound & ~plain, rows[risks <= at_most], 0.0),
     ):
         chosen = group.nonzero().squeeze(1)
+        if not len(chosen):
+            continue
         found_hits = collection.index.search(done.points[chosen], k, rows=among, radius_share=share)
         for q, hits in zip(chosen.tolist(), found_hits, strict=True):
             hits_of[q] = hits

@@ -88,8 +88,8 @@ def search(
             result lists a node.
         approximate: read only the part of the index nearest to the query; by default above two
             million points, if the collection has such an index.
-        radius_share: of an item's radius is taken off its distance (what says little lies near the
-            origin, and so near to every query); 0 orders by distance alone.
+        radius_share: of an item's radius is taken off its distance (what lies near the origin is
+            near to every query); 0 orders by distance alone.
         progress: called with the share done where an approximate index has to be made first.
 
     Raises:

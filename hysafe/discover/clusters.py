@@ -5,11 +5,12 @@ ones of raw tangent vectors, put nearly all items into one cluster, for a few di
 texts spread drown the rest. Divided by the covariance of ordinary items of the collection, directions
 separate intents and categories; average linkage leaves strays out, where Ward's takes them in.
 
-The dendrogram is cut where the sum of the groups' squared mean silhouettes, each times its size, is
-greatest: unsquared, two or three loose groups of nearly everything can outweigh many tight ones. Two directions that have nothing to do
-with each other are :math:`\sqrt 2` apart: so far is, at most, the "other cluster" that the silhouette
-of an item is measured against, which makes one cluster alone a possible answer. An item that is in no
-cluster of the least size and the least silhouette counts 0.
+The dendrogram is cut where the sum of the groups' squared mean silhouettes, each times its size,
+is greatest: unsquared, two or three loose groups of nearly everything can outweigh many tight
+ones. Two directions that have nothing to do with each other are :math:`\sqrt 2` apart: so far is, at
+most, the "other cluster" that the silhouette of an item is measured against, which makes one cluster
+alone a possible answer. An item that is in no cluster of the least size and the least silhouette
+counts 0.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ TEXT_KEPT = 2000
 # Rows read at once.
 READ_ROWS = 8192
 # Of an item's radius that a search takes off its distance; chosen on validation data
-# (benchmarks/retrieval.py), where 0.5 and 0.75 are alike.
-RADIUS_SHARE = 0.5
+# (benchmarks/retrieval.py): risky sentences find most with it, class names with 0.5.
+RADIUS_SHARE = 0.75
 # A table of more pieces than this, from as many small additions, is put together again.
 MAX_FRAGMENTS = 256
 # Versions that a power failure may tear: those of the last moments.

@@ -7,7 +7,7 @@ shortlist by that bound is measured in float64, and it grows until nothing left 
 the result is that of a float64 search over all points. An approximate search does the same over
 the points of the :mod:`cells <hysafe.index.cells>` nearest to the query.
 
-What says little lies near the origin and so near to every query. So a search may take a share
+What lies near the origin is near to every query. So a search may take a share
 :math:`\lambda` of an item's radius off its distance (1 is the Gromov product of query and item):
 the products of a block become distances, in float32 and not above the true ones but for a small
 tolerance, and the shortlist is one of :math:`d - \lambda R`.

@@ -327,7 +327,7 @@ def test_the_share_of_the_radius_reaches_the_index(
     monkeypatch.setattr(Collection, method, spy)
     for arguments in ([], ["--radius-share", "0"], ["--radius-share", "0.25"]):
         assert main(["search", str(scanned / "out"), *query, *arguments]) == 0
-    assert shares == [0.5, 0.0, 0.25]
+    assert shares == [0.75, 0.0, 0.25]
 
 
 def test_search_does_not_depend_on_the_dtype_of_the_query(
