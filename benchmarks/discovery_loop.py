@@ -404,7 +404,7 @@ def _best_cut(condensed: np.ndarray, method: str, least: int) -> list[np.ndarray
         if len(groups) < 2:
             continue
         each = silhouettes(distances / distances.max(), groups)
-        score = sum(len(g) * s for g, s in zip(groups, each, strict=True))
+        score = sum(len(g) * s * abs(s) for g, s in zip(groups, each, strict=True))
         if score > best[0]:
             best = score, groups
     return best[1]
