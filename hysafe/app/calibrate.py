@@ -525,8 +525,8 @@ _Rule = tuple[float, str]
 
 
 def _rule_of(view: PolicyView, node: str) -> _Rule:
-    """Threshold and status: a sensitive node among others keeps its own where theirs comes to the same
-    number."""
+    """What tells whether a node follows p_unsafe: a sensitive node among default ones does not, even
+    where their threshold is that of sensitive nodes."""
     return view.threshold(node), view.status(node)
 
 
@@ -548,7 +548,8 @@ def _with_thresholds(
     base: _Rule,
     own: Mapping[str, float],
 ) -> tuple[Policy, tuple[str, ...]]:
-    """The policy with thresholds of nodes, and of p_unsafe for all others that had its old one and its status.
+    """The policy with thresholds of nodes, and of p_unsafe for all others that have the base rule; and
+    these categories.
 
     Where all categories have one threshold t, the weighted risk reaches 0.5 exactly where p_unsafe
     reaches t: so the threshold of p_unsafe is written as that of the domains, and of categories
@@ -560,12 +561,22 @@ def _with_thresholds(
     made = PolicyView(policy, view.taxonomy)
 
     def put(node: str, threshold: float) -> None:
+        if made.threshold(node) == threshold:
+            return
+        rule = rules.get(node, NodeRule())
+        rules[node] = replace(rule, threshold=None)
         if made.threshold(node) != threshold:
-            rules[node] = replace(rules.get(node, NodeRule()), threshold=threshold)
+            rules[node] = replace(rule, threshold=threshold)
+        elif rules[node] == NodeRule():  # what it inherits is enough
+            del rules[node]
+
+    def follows(node: str) -> bool:
+        return chosen is not None and node not in own and _rule_of(view, node) == base
 
     def wanted(node: str) -> float:
-        follows = _rule_of(view, node) == base
-        return own.get(node, chosen if chosen is not None and follows else view.threshold(node))
+        if chosen is not None and follows(node):
+            return chosen
+        return own.get(node, view.threshold(node))
 
     for domain in view.taxonomy.of_kind("domain"):
         if view.active(domain.id):
@@ -573,10 +584,7 @@ def _with_thresholds(
     categories = [table.leaf_ids[i] for i in table.risk.nonzero()[:, 0].tolist()]
     for category in categories:
         put(category, wanted(category))
-    followers = tuple(
-        c for c in categories if chosen is not None and c not in own and _rule_of(view, c) == base
-    )
-    return policy, followers
+    return policy, tuple(c for c in categories if follows(c))
 
 
 # ---------------------------------------------------------------- ratings and review

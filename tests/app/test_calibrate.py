@@ -178,9 +178,7 @@ def test_entries_of_a_policy_stay_and_its_own_thresholds_too(
         collection, model, truth(), Target("recall", 0.7), policy=found.policy, use="all"
     )
     fresh = calibrate(collection, model, truth(), Target("recall", 0.7), policy=given, use="all")
-    views = [model.view(c.policy) for c in (again, fresh)]
-    rated = [{n.id: (v.threshold(n.id), v.status(n.id)) for n in v.taxonomy} for v in views]
-    assert rated[0] == rated[1]
+    assert again.policy == fresh.policy
 
 
 def test_a_sensitive_node_is_no_follower_of_the_same_number(
