@@ -34,6 +34,7 @@ import torch
 from hysafe.geometry import Points
 from hysafe.index import EncodedItem
 from hysafe.index import search as search_module
+from hysafe.index.collection import RADIUS_SHARE
 from hysafe.index.search import PointIndex
 
 K = 10
@@ -474,7 +475,7 @@ def main() -> None:
     parser.add_argument("--no-exact", action="store_true")
     parser.add_argument("--no-cells", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--radius-share", type=float, default=0.75, help="as of hysafe search")
+    parser.add_argument("--radius-share", type=float, default=RADIUS_SHARE, help="as of hysafe search")
     parser.add_argument(
         "--memory", type=int, metavar="D", help="only: what a search of D dimensions holds"
     )

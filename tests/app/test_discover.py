@@ -187,13 +187,11 @@ def test_pictures_and_texts_are_never_in_one_cluster(
             assert Path(example.file).name in member
             assert hashlib.sha256(Path(example.file).read_bytes()).hexdigest() == example.sha256
     monkeypatch.setattr(app, "PICTURES", 3)  # from the medoid to the outermost
-    for p in discover(collection, tiny_model, namer=namer).proposals:
-        if p.channel == "image":
-            members = [ids[k] for k in found.members(p)]
-            shown = [members[k] for k in (0, round((p.size - 1) / 2), p.size - 1)]
-            assert [Path(e.file).name in m for e, m in zip(p.pictures, shown, strict=True)] == [
-                True
-            ] * 3
+    spread = discover(collection, tiny_model, namer=namer)
+    (p, *_) = (p for p in spread.proposals if p.channel == "image")
+    members = [ids[k] for k in spread.members(p)]
+    shown = [members[k] for k in (0, round((p.size - 1) / 2), p.size - 1)]
+    assert all(Path(e.file).name in m for e, m in zip(p.pictures, shown, strict=True))
     bounded = discover(collection, tiny_model, namer=namer, min_size=2, most=9)
     assert (bounded.used, bounded.novel) == (9, len(places))
     assert sum(p.size for p in bounded.proposals) <= 9
