@@ -31,7 +31,7 @@ from hysafe.geometry import Points
 from hysafe.index import Collection
 from hysafe.types import Sample
 
-# Of a plain search: as in the product, and by distance alone, as redirection orders pictures and moved texts.
+# Of a plain search: as in the product, and by distance alone, as redirection orders.
 ORDERS: tuple[dict[str, float], ...] = ({}, {"radius_share": 0.0})
 
 
@@ -79,6 +79,7 @@ def main() -> None:
                 )
                 after = [bool(r.found) and label[r.found[0].item.id]["safe"] for r in moved]
                 _line(name if bound is None else f"{name} ({bound:g})", *plain, after)
+        said: list[tuple[str, int, int]] = []
         classes = sorted({p.extra["name"] for p in pictures if p.safe})
         harmless = [p for p in pictures[1::2] if p.safe]
         phrases = [Sample(n, "", f"a photo of a {n}", None, (), True, None, {}) for n in classes]
@@ -100,11 +101,15 @@ def main() -> None:
                 moved = redirect_queries(
                     collection, model, queries, channel=channel, where=where, k=10, at_most=bound
                 )
+                said.append((name, sum(r.at_most is not None for r in moved),
+                             sum(r.radius[0] != r.radius[1] for r in moved)))  # fmt: skip
                 after = [
                     t in [label[f.item.id]["name"] for f in r.found]
                     for t, r in zip(truth, moved, strict=True)
                 ]
                 _line(name if bound is None else f"{name} ({bound:g})", *plain, after)
+        for name, doubtful, count in said:
+            print(f"\n{name}: {doubtful} above --at-most, {count} moved")
 
 
 def build(

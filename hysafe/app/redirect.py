@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from hysafe.app.pipeline import SafetyModel, rounded
 from hysafe.app.search import DIGITS, Found
@@ -14,7 +13,6 @@ from hysafe.app.stored import judge_items, view_of
 from hysafe.errors import ConfigError
 from hysafe.geometry import Points
 from hysafe.index import Collection
-from hysafe.index.collection import RADIUS_SHARE
 from hysafe.index.search import Hit
 from hysafe.score.redirect import redirect
 from hysafe.taxonomy import Policy, PolicyView
@@ -31,8 +29,8 @@ class Redirection:
 
     Args:
         radius, risk: of the query before and after. reached: the risk fell below the threshold.
-        found: items, in the order of :func:`redirect_queries`; never one rated unsafe, and only on
-            request one rated review.
+        found: items, nearest to the moved query first; never one rated unsafe, and only on request
+            one rated review.
         at_most: p_unsafe that the answers have at most; None where the query has no more itself.
     """
 
@@ -58,10 +56,10 @@ def redirect_queries(
 ) -> list[Redirection]:
     """Safe answers to a batch of queries.
 
+    Answers are ordered by distance alone: a moved query lies near the origin itself.
+
     A query whose risk is below the threshold is answered where it is; a risky one is moved along
-    its geodesic towards the origin until it is. A text whose risk is below the threshold gets
-    its answers in the order of `hysafe search`; pictures and other texts, which end near the origin
-    themselves, by distance alone.
+    its geodesic towards the origin until it is.
 
     Args:
         queries: points [Q, D] of the collection's model.
@@ -100,18 +98,9 @@ def redirect_queries(
         rows, risks = rows[kept], risks[kept]
     hits_of: list[list[Hit]] = [[] for _ in range(len(queries))]
     bound = ~(before <= at_most)  # a risk that is no number is doubtful
-    # a text that stands where it was; pictures are found better by distance alone
-    plain = (before < limit) if channel == "text" else torch.zeros_like(bound)
-    for group, among, share in (
-        (~bound & plain, rows, RADIUS_SHARE),
-        (~bound & ~plain, rows, 0.0),
-        (bound & plain, rows[risks <= at_most], RADIUS_SHARE),
-        (bound & ~plain, rows[risks <= at_most], 0.0),
-    ):
-        chosen = group.nonzero().squeeze(1)
-        if not len(chosen):
-            continue
-        found_hits = collection.index.search(done.points[chosen], k, rows=among, radius_share=share)
+    for doubtful, among in ((False, rows), (True, rows[risks <= at_most])):
+        chosen = bound.eq(doubtful).nonzero().squeeze(1)
+        found_hits = collection.index.search(done.points[chosen], k, rows=among)
         for q, hits in zip(chosen.tolist(), found_hits, strict=True):
             hits_of[q] = hits
     answers = []
