@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hysafe.data.contrast import contrast_set, core_set
+from hysafe.data.everyday import everyday_texts
 from hysafe.data.images import decode, to_pixels
 from hysafe.data.joined import join_texts
 from hysafe.data.label_map import permissive_sets
@@ -47,6 +48,7 @@ TEXT_WEIGHTS = {
     "davidson": 0.03,
     "other": 0.07,
     "joined": 0.05,
+    "everyday": 0.08,
 }
 
 
@@ -145,6 +147,8 @@ class EmbedData(L.LightningDataModule):
         text_weights: how often each source is drawn.
         rendered: number of rendered pictures of text.
         joined: number of longer texts made of the others (:func:`~hysafe.data.joined.join_texts`).
+        everyday: number of sentences that mention things
+            (:func:`~hysafe.data.everyday.everyday_texts`).
         with_mates: a contrast sentence is always drawn with the other side of its pair.
         limit: at most this many pictures and texts of each source (quick runs).
         seed: of sampling and rendering.
@@ -167,11 +171,12 @@ class EmbedData(L.LightningDataModule):
         exclude_classes: list[str] | None = None,
         joined: int = 0,
         with_mates: bool = False,
+        everyday: int = 0,
     ) -> None:
         super().__init__()
         self.data_dir, self.image_size = data_dir, image_size
         self.image_batch, self.text_batch = image_batch, text_batch
-        self.joined, self.with_mates = joined, with_mates
+        self.joined, self.everyday, self.with_mates = joined, everyday, with_mates
         self.pictures, self.rendered, self.limit, self.seed = pictures, rendered, limit, seed
         self.text_sets = list(permissive_sets()) if text_sets is None else text_sets
         self.text_weights = text_weights or TEXT_WEIGHTS
@@ -217,6 +222,10 @@ class EmbedData(L.LightningDataModule):
         if self.joined:
             whole = [s for v in train.values() for s in v]
             train["joined"] = join_texts(whole, self.joined, seed=self.seed)
+        if self.everyday:
+            train["everyday"] = everyday_texts(
+                data_root(self.data_dir), self.everyday, seed=self.seed
+            )
         self.train_texts = Texts([s for v in train.values() for s in v], self.leaves)
         listed = [k for k in train if k in self.text_weights]
         others = [k for k in train if k not in self.text_weights]
@@ -299,7 +308,7 @@ class EmbedData(L.LightningDataModule):
 
     def _drawn_pictures(self, rng: random.Random) -> list[tuple[str, str, np.ndarray]]:
         """Rendered text, and emoji on plain backgrounds."""
-        texts = [str(s.text) for s in self.train_texts.samples]
+        texts = [str(s.text) for s in self.train_texts.samples if s.source != "everyday"]
         chosen = [rng.choice(texts) for _ in range(self.rendered)]
         made = [
             (TEXT_PICTURE, "S.b11", render_text_pictures(chosen, self.image_size, seed=self.seed))
