@@ -68,6 +68,8 @@ class GuardTask(L.LightningModule):
         lr: peak learning rate of AdamW.
         weight_decay, warmup: of the schedule; the rate falls as a cosine to a tenth.
         samples_every: steps between sample completions in the log; 0 for none.
+        new_points: `init_from` may have read another encoder's points. Right where this one was
+            trained on from that one, so that its points lie near the old ones.
     """
 
     def __init__(
@@ -81,9 +83,10 @@ class GuardTask(L.LightningModule):
         weight_decay: float = 0.01,
         warmup: int = 100,
         samples_every: int = 200,
+        new_points: bool = False,
     ) -> None:
         super().__init__()
-        self.init_from = init_from
+        self.init_from, self.new_points = init_from, new_points
         self.sizes = {"width": width, "layers": layers, "heads": heads}
         self.vocab, self.lr, self.weight_decay, self.warmup = vocab, lr, weight_decay, warmup
         self.samples_every = samples_every
@@ -110,10 +113,14 @@ class GuardTask(L.LightningModule):
         if self.init_from is not None:
             self.decoder = GuardModel.load(self.init_from)
             if not self.decoder.reads(encoder):
-                raise ConfigError(
-                    f"{self.init_from} reads points of another encoder. Train it again from the "
-                    "first stage, or name its encoder."
-                )
+                if not self.new_points:
+                    raise ConfigError(
+                        f"{self.init_from} reads points of another encoder. Train it again from the "
+                        "first stage, or name its encoder; where that encoder was only trained on, "
+                        "pass new_points=true."
+                    )
+                self.decoder.config.encoder_hash = encoder.hash()
+                self.decoder.config.text_hash = encoder.text_hash()
             return
         texts = [*world.words, *world.index.phrases]
         texts += [i.evidence.text for i in world.train]
@@ -219,12 +226,14 @@ class GuardSFT(GuardTask):
         weight_decay: float = 0.01,
         warmup: int = 100,
         samples_every: int = 200,
+        new_points: bool = False,
         describe_weight: float = 1.0,
         name_from_list: bool = True,
     ) -> None:
         super().__init__(
-            init_from, width, layers, heads, vocab, lr, weight_decay, warmup, samples_every
-        )
+            init_from, width, layers, heads, vocab, lr, weight_decay, warmup, samples_every,
+            new_points,
+        )  # fmt: skip
         self.describe_weight, self.name_from_list = describe_weight, name_from_list
 
     def on_fit_start(self) -> None:

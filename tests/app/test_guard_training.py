@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,20 @@ def test_a_guard_of_another_encoder_is_refused(warm: Path) -> None:
         GuardNamer(guard, PhraseIndex.load(warm), model)
     with pytest.raises(ConfigError, match="no guard 'nothing'"):
         load_guard("nothing", model)
+
+
+def test_a_guard_goes_on_with_an_encoder_that_went_on(warm: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(warm, old)
+    config = json.loads((old / "config.json").read_text())
+    (old / "config.json").write_text(json.dumps(config | {"encoder_hash": "x", "text_hash": "x"}))
+    changes: dict[str, Any] = {"init_from": str(old)}
+    refused = settings("tiny", tmp_path / "a", changes, tmp_path / "a.yaml")
+    with pytest.raises(ConfigError, match="another encoder.*new_points=true"):
+        guard_main(["fit", "--config", refused])
+    taken = settings("tiny", tmp_path / "b", changes | {"new_points": True}, tmp_path / "b.yaml")
+    guard_main(["fit", "--config", taken])
+    assert GuardModel.load(tmp_path / "b/model").reads(load("mini").encoder)
 
 
 def test_the_bundled_guard(tmp_path: Path) -> None:
