@@ -1,9 +1,10 @@
-"""How many sentences about everyday things are flagged: `python benchmarks/everyday.py mini runs/mini_old/model`
+"""How many sentences about everyday things are flagged: `python benchmarks/everyday.py mini runs/mini_heads/model`
 
-Each frame is asked with the harmless classes of Tiny-ImageNet, whose names and whose frames are not in
-`assets/everyday.yaml`, and dangerous things that are not there either in frames half of which everyday things have too.
-Lines of daily life are written for this; of public sets that no model here was trained on, 400 texts a side.
-Printed: the share rated unsafe, and that rated unsafe or review.
+Each frame is asked with the harmless classes of Tiny-ImageNet whose names stand in no noun that everyday texts are
+made of and in no training sentence of the contrast set (models read them as names of picture classes). No made sentence
+has the verbs of the frames; of the dangerous things none is in `assets/everyday.yaml`, and some of their frames are like
+the risky ones there. Lines of daily life are written for this; of public sets that no model here was trained on, 400
+texts a side. Printed: the share rated unsafe, and that rated unsafe or review.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ import argparse
 import csv
 import json
 import random
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from hysafe.app.pipeline import load
+from hysafe.data.contrast import contrast_set
+from hysafe.data.everyday import things
 from hysafe.data.sources import data_root
 
 FRAMES = (
@@ -130,7 +135,8 @@ def main() -> None:
     a = parser.parse_args()
     root = data_root(a.data)
     with (root / "images" / "tiny_imagenet" / "classes.csv").open(encoding="utf-8") as lines:
-        names = [row["name"] for row in csv.DictReader(lines) if not row["safety_tag"]]
+        harmless = [row["name"] for row in csv.DictReader(lines) if not row["safety_tag"]]
+    names = unread(harmless, root)
     asked = {f"*{f.format('...')}*": [f.format(n) for n in names] for f in FRAMES}
     asked["daily life"] = DAILY
     asked |= {
@@ -150,6 +156,14 @@ def main() -> None:
             shares = (risk >= model.triage.unsafe_from, risk >= model.triage.review_from)
             cells.append(" / ".join(f"{x.to(torch.double).mean():.3f}" for x in shares))
         print(f"| {what} | {len(texts)} | {' | '.join(cells)} |", flush=True)
+
+
+def unread(names: Sequence[str], root: Path) -> list[str]:
+    """Names that stand in no noun of everyday texts and in no training sentence of the contrast set."""
+    read = [noun for nouns in things(root).values() for noun in nouns]
+    read += [str(s.text) for s in contrast_set("train")]
+    lines = "\n".join(read).lower()
+    return [n for n in names if not re.search(rf"\b{re.escape(n.lower())}(s|es)?\b", lines)]
 
 
 def public(path: Path, *, safe: bool) -> list[str]:

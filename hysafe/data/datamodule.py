@@ -223,9 +223,8 @@ class EmbedData(L.LightningDataModule):
             whole = [s for v in train.values() for s in v]
             train["joined"] = join_texts(whole, self.joined, seed=self.seed)
         if self.everyday:
-            train["everyday"] = everyday_texts(
-                data_root(self.data_dir), self.everyday, seed=self.seed
-            )
+            count = min(self.everyday, self.limit or self.everyday)
+            train["everyday"] = everyday_texts(data_root(self.data_dir), count, seed=self.seed)
         self.train_texts = Texts([s for v in train.values() for s in v], self.leaves)
         listed = [k for k in train if k in self.text_weights]
         others = [k for k in train if k not in self.text_weights]

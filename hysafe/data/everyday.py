@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from hysafe.data.label_map import SAFE
+from hysafe.data.wordnet import lemma, noun_edges
 from hysafe.errors import ConfigError
 from hysafe.types import Sample
 
@@ -28,15 +29,14 @@ MOST_MISSES = 200
 def everyday_texts(root: Path, count: int, *, seed: int = 0) -> list[Sample]:
     """Harmless sentences about everyday things, and sentences about dangerous ones.
 
-    Each thing is drawn as often as the others of its kind, each kind and each frame equally often. Names of
-    Tiny-ImageNet's classes are left out, so that they can be asked with.
+    Each thing is drawn as often as the others of its kind, each kind and each frame equally often.
 
     Args:
         root: of the data, with ``wordnet/`` and ``images/``.
         count: sentences.
 
     Raises:
-        ConfigError: there are not so many different ones.
+        ConfigError: a file is missing, or there are not so many different ones.
     """
     rng = random.Random(seed)
     table, nouns = _table(), things(root)
@@ -71,13 +71,22 @@ def everyday_texts(root: Path, count: int, *, seed: int = 0) -> list[Sample]:
 
 
 def things(root: Path) -> dict[str, list[str]]:
-    """Nouns of everyday things by kind, sorted."""
+    """Nouns of everyday things by kind, sorted.
+
+    The synsets of Tiny-ImageNet's classes are left out; their names may stand in longer ones.
+
+    Raises:
+        ConfigError: a file is missing.
+    """
     below: dict[str, list[str]] = {}
-    with (root / "wordnet" / "noun_edges.tsv").open(encoding="utf-8") as lines:
-        for line in lines:
-            child, parent = line.rstrip("\n").split("\t")
-            below.setdefault(parent, []).append(child)
-    with (root / "images" / "tiny_imagenet" / "classes.csv").open(encoding="utf-8") as lines:
+    for child, parent in noun_edges(root / "wordnet" / "noun_edges.tsv"):
+        below.setdefault(parent, []).append(child)
+    classes = root / "images" / "tiny_imagenet" / "classes.csv"
+    if not classes.is_file():
+        raise ConfigError(
+            f"no list of classes {classes}. Point HYSAFE_DATA at the development data."
+        )
+    with classes.open(encoding="utf-8") as lines:
         asked = {row["synset"] for row in csv.DictReader(lines)}
     table = _table()
     words = re.compile(rf"\b({'|'.join(table['words'])})s?\b")
@@ -85,7 +94,7 @@ def things(root: Path) -> dict[str, list[str]]:
     found = {}
     for kind, roots in table["kinds"].items():
         synsets = {s for top in roots for s in _all_below(below, top)} - left_out
-        names = {s.split(".")[0].replace("_", " ") for s in synsets if s.endswith(".01")}
+        names = {lemma(s) for s in synsets if s.endswith(".01")}
         found[kind] = sorted(n for n in names if not words.search(n) and not re.search(r"\d", n))
     return found
 

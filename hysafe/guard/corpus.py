@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from hysafe.data.wordnet import lemma, noun_edges
 from hysafe.errors import ConfigError
 from hysafe.guard.model import Evidence
 from hysafe.guard.naming import Whitening, agreement, borrowed
@@ -66,12 +67,13 @@ def node_phrases(taxonomy: Taxonomy, without: Iterable[str] = ()) -> dict[str, t
 
 
 def wordnet_phrases(edges: str | Path) -> list[str]:
-    """First lemmas of the nouns in an edge list `child<TAB>parent` of synset names, as words."""
-    path = Path(edges)
-    if not path.is_file():
-        raise ConfigError(f"no edge list {path}. Point HYSAFE_DATA at the development data.")
-    names = {s for line in path.read_text("utf-8").splitlines() for s in line.split("\t")}
-    lemmas = (re.sub(r"\.[a-z]\.\d+$", "", s).replace("_", " ") for s in sorted(names))
+    """First lemmas of the nouns in an edge list `child<TAB>parent` of synset names, as words.
+
+    Raises:
+        ConfigError: no such file.
+    """
+    names = {synset for pair in noun_edges(edges) for synset in pair}
+    lemmas = (lemma(s) for s in sorted(names))
     return [p for p in dict.fromkeys(lemmas) if re.fullmatch(r"[a-z][a-z' -]{2,39}", p)]
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from hysafe.data.datamodule import EmbedData
 from hysafe.data.everyday import _table, everyday_texts, things
 from hysafe.data.label_map import SAFE
 from hysafe.errors import ConfigError
@@ -19,6 +21,7 @@ dog.n.01\tanimal.n.01
 tabby.n.02\tcat.n.01
 blue_tit.n.01\tanimal.n.01
 sea_dog.n.01\tdog.n.01
+st._bernard.n.01\tdog.n.01
 oboe.n.01\tmusical_instrument.n.01
 flute.n.01\tmusical_instrument.n.01
 hammer.n.01\ttool.n.01
@@ -44,7 +47,15 @@ def root(tmp_path: Path) -> Path:
 
 def test_things_are_first_senses_that_are_neither_dangerous_nor_picture_classes(root: Path) -> None:
     found = things(root)
-    assert found["animal"] == ["abyssinian", "animal", "animalp", "animalq", "cat", "sea dog"]
+    assert found["animal"] == [
+        "abyssinian",
+        "animal",
+        "animalp",
+        "animalq",
+        "cat",
+        "sea dog",
+        "st. bernard",
+    ]
     assert {"oboe", "flute"} < set(found["music"])
     assert {"hammer", "saw"} < set(found["thing"])
     assert not {"club", "war club"} & {n for names in found.values() for n in names}
@@ -92,3 +103,29 @@ def test_real_nouns(data_dir: Path) -> None:
     assert not {"oboe", "banjo"} - set(found["music"]) - classes
     every = {n for names in found.values() for n in names}
     assert not {"rifle", "grenade", "heroin", "sherry", "gallows", "jail"} & every
+
+
+@pytest.mark.parametrize("missing", ["wordnet/noun_edges.tsv", "images/tiny_imagenet/classes.csv"])
+def test_a_missing_file_is_named(root: Path, missing: str) -> None:
+    (root / missing).unlink()
+    with pytest.raises(ConfigError, match=Path(missing).name + r"\. Point HYSAFE_DATA"):
+        everyday_texts(root, 10)
+
+
+def test_training_reads_them_and_its_rendered_pictures_do_not_change(root: Path) -> None:
+    given: dict[str, Any] = {
+        "data_dir": str(root), "pictures": False, "text_sets": [], "rendered": 4, "image_size": 16
+    }  # fmt: skip
+    without, with_them = EmbedData(**given), EmbedData(**given, everyday=50)
+    limited = EmbedData(**given, everyday=50, limit=20)
+    for data in (without, with_them, limited):
+        data.setup()
+    sources = [
+        [s.source for s in d.train_texts.samples].count("everyday")
+        for d in (without, with_them, limited)
+    ]
+    assert sources == [0, 50, 20]
+    assert (
+        len(with_them.draw_weights) == len(with_them.train_texts) == len(without.train_texts) + 50
+    )
+    assert (with_them.train_pictures.pixels == without.train_pictures.pixels).all()
