@@ -464,7 +464,7 @@ class _Scorer:
         active, thresholds = table.active, table.thresholds.double()
         self.own = active & (table.thresholds != DEFAULT_THRESHOLD)
         self.thresholds = thresholds
-        self.weight = (DEFAULT_THRESHOLD / table.thresholds[self.risky])[:, None]
+        self.weight = (DEFAULT_THRESHOLD / table.thresholds[self.risky]).double()  # [R]
         inner = torch.ones(len(table.ids), dtype=torch.bool)
         inner[table.leaves] = inner[table.concepts] = False
         self.upper = inner.nonzero().squeeze(1)  # [U]
@@ -483,6 +483,12 @@ class _Scorer:
         # no concept scores above its category: below this score of it no concept is named
         named = self.thresholds[table.concepts][self.own[table.concepts]].tolist()
         self.least = min([LIST_FROM, *named])
+        self.has_concepts = self.member.any(1)  # [R]
+        # from which score on a leaf is named, [R]; below `lowest` nothing of a leaf is said
+        self.named_from = torch.where(
+            self.own[self.risky], thresholds[self.risky].clamp(max=LIST_FROM), LIST_FROM
+        )
+        self.lowest = min([self.least, *self.named_from.tolist()])
 
     def score(self, points: PointColumn) -> Said:
         """What the model says of the points of a channel."""
@@ -493,9 +499,9 @@ class _Scorer:
         found_named: list[_Named] = []
         for start in range(0, n or 1, ROWS):  # a portion stays in the cache until all is said of it
             part = slice(start, start + ROWS)
-            own = self._space(points.vectors[part])
-            radius[part] = own.radius()
-            margins = self.dense.margins(own.space)
+            own = self._placed(points.vectors[part])
+            radius[part] = own.radius
+            margins = self.dense.margins(own.space, own.square)
             if self.narrow is not None:
                 margins -= self.narrow
             held = margins[:risky] > 0
@@ -507,15 +513,15 @@ class _Scorer:
             )  # fmt: skip
             leaves, p_unsafe[part] = found.leaves, found.p_unsafe
             energy[part], unheld[part] = found.energy, found.policy_evidence
-            risk[part] = (leaves * self.weight).sum(0).clamp(max=1)
+            risk[part] = (self.weight @ leaves).clamp_(max=1)
             if self.text_picture is not None:
                 picture[part] = logits[self.text_picture]
-            kept[part].index_copy_(1, self.stored, leaves.T.float())
+            by_point = leaves.T.contiguous()
+            kept[part].index_copy_(1, self.stored, by_point.float())
             if risky:
-                top[part] = self.risky[_first_highest(leaves)]
+                top[part] = self.risky[torch.from_numpy(by_point.numpy().argmax(1))]
             for named in (
-                self._of_leaves(leaves, held),
-                self._of_concepts(leaves, own.space),
+                *self._of_leaves(leaves, held, own),
                 self._of_domains(leaves, found.p_unsafe),
             ):
                 found_named.append(named._replace(place=named.place + start))
@@ -549,7 +555,7 @@ class _Scorer:
 
     def inside(self, vectors: np.ndarray, node: np.ndarray) -> np.ndarray:
         """Whether points lie in the cones of nodes, bool [P]."""
-        space = self._space(vectors).space
+        space = self._placed(vectors).space
         nodes = torch.from_numpy(node)
         margins = self.cones.margins_at(space, nodes)
         if self.narrowed is not None:
@@ -557,28 +563,35 @@ class _Scorer:
         found: np.ndarray = (margins > 0).numpy()
         return found
 
-    def _space(self, vectors: np.ndarray) -> Points:
+    def _placed(self, vectors: np.ndarray) -> _Placed:
         tangents = torch.from_numpy(np.ascontiguousarray(vectors)).double()
-        return Points.from_tangent(tangents, self.apexes.c, self.apexes.geometry)
+        points = Points.from_tangent(tangents, self.apexes.c, self.apexes.geometry)
+        if points.geometry != "lorentz":
+            return _Placed(points.space, points.radius(), None)
+        root = torch.as_tensor(points.c, dtype=torch.double).sqrt()
+        radius = torch.linalg.vector_norm(tangents, dim=1)
+        return _Placed(points.space, radius, (root * radius).sinh_().square_())
 
-    def _of_leaves(self, leaves: Tensor, held: Tensor) -> _Named:
-        """The leaves at risk that a result may name, with their scores."""
-        own = self.own[self.risky]
-        named = leaves >= torch.where(
-            own, self.thresholds[self.risky].clamp(max=LIST_FROM), LIST_FROM
-        )[:, None]  # fmt: skip
-        r, place = named.nonzero(as_tuple=True)
-        return _Named(place, self.risky[r], leaves[r, place], held[r, place])
+    def _of_leaves(self, leaves: Tensor, held: Tensor, own: _Placed) -> tuple[_Named, _Named]:
+        """The leaves at risk that a result may name, and their concepts, with their scores."""
+        r, place = (leaves >= self.lowest).nonzero(as_tuple=True)
+        scores = leaves[r, place]
+        named = scores >= self.named_from[r]
+        at, of = r[named], place[named]
+        spoken = _Named(of, self.risky[at], scores[named], held[at, of])
+        wide = (scores >= self.least) & self.has_concepts[r]
+        return spoken, self._of_concepts(r[wide], place[wide], scores[wide], own)
 
-    def _of_concepts(self, leaves: Tensor, space: Tensor) -> _Named:
-        """The concepts of categories high enough."""
-        r, place = ((leaves >= self.least) & self.member.any(1)[:, None]).nonzero(as_tuple=True)
+    def _of_concepts(self, r: Tensor, place: Tensor, leaves: Tensor, own: _Placed) -> _Named:
+        """The concepts of categories r [P] (places among the leaves at risk) of points [P]."""
         if not len(r):
-            return _Named(place, r, leaves[r, place], r > 0)
-        margins = self.cones.margins_of(space[place], r, self.members)  # [K, P]
+            return _Named(place, r, leaves, r > 0)
+        square = None if own.square is None else own.square[place]
+        points = own.space.index_select(0, place)
+        margins = self.cones.margins_of(points, r, self.members, square)  # [K, P]
         member, nodes = self.member.T[:, r], self.members.T[:, r]
         logits = (margins * (self.scale / self.fit.temperature)).masked_fill_(~member, -torch.inf)
-        scores = score_concepts(logits, self.table.active[nodes] & member, leaves[r, place])
+        scores = score_concepts(logits, self.table.active[nodes] & member, leaves)
         k, pair = (scores >= self.least).nonzero(as_tuple=True)
         return _Named(place[pair], nodes[k, pair], scores[k, pair], margins[k, pair] > 0)
 
@@ -593,12 +606,12 @@ class _Scorer:
         return _Named(place, self.upper[u], scores[u, place], u < 0)
 
 
-def _first_highest(values: Tensor) -> Tensor:
-    """``values.argmax(0)`` of [R, m], in a third of the time."""
-    r, place = (values == values.amax(0)).nonzero(as_tuple=True)
-    first = np.zeros(values.shape[1], dtype=np.int64)  # numbers that are none have no highest
-    first[place.flip(0).numpy()] = r.flip(0).numpy()
-    return torch.from_numpy(first)
+class _Placed(NamedTuple):
+    """Points of a portion: space components [B, D], radii [B], and c|x|² [B] in hyperbolic space."""
+
+    space: Tensor
+    radius: Tensor
+    square: Tensor | None
 
 
 class _Named(NamedTuple):
@@ -616,12 +629,14 @@ class _PlainCones:
     def __init__(self, apexes: Points) -> None:
         self.apexes = apexes
 
-    def margins(self, points: Tensor) -> Tensor:
+    def margins(self, points: Tensor, square: Tensor | None = None) -> Tensor:
         own = self.apexes
         margins: Tensor = own.functions.pairwise_margin(own.space, points, own.c)
         return margins.T.contiguous()
 
-    def margins_of(self, points: Tensor, groups: Tensor, members: Tensor) -> Tensor:
+    def margins_of(
+        self, points: Tensor, groups: Tensor, members: Tensor, square: Tensor | None = None
+    ) -> Tensor:
         every = self.margins(points)
         return every.gather(0, members.T[:, groups])
 

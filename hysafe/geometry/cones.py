@@ -216,8 +216,12 @@ class ConeBank:
     def __len__(self) -> int:
         return len(self._apex)
 
-    def margins(self, points: Tensor) -> Tensor:
+    def margins(self, points: Tensor, square: Tensor | None = None) -> Tensor:
         """Margins [N, B] of points [B, D], space components in float64.
+
+        Args:
+            points: [B, D].
+            square: c|x|² of the points [B], where it is known.
 
         Raises:
             ShapeError: the points do not fit.
@@ -226,15 +230,18 @@ class ConeBank:
         with torch.no_grad():
             along = self._axis @ points.T
             parts = (self._scale, self._slope, self._aperture, self._at_origin)
-            return self._finished(along, points, parts, None)
+            return self._finished(along, points, square, parts, None)
 
-    def margins_of(self, points: Tensor, groups: Tensor, members: Tensor) -> Tensor:
+    def margins_of(
+        self, points: Tensor, groups: Tensor, members: Tensor, square: Tensor | None = None
+    ) -> Tensor:
         """Margins [K, P] of each point to the cones of its own group.
 
         Args:
             points: [P, D], float64.
             groups: [P], ascending: the group of each point.
             members: [G, K], the cones of each group.
+            square: c|x|² of the points [P], where it is known.
 
         Raises:
             ShapeError: the points do not fit.
@@ -249,12 +256,11 @@ class ConeBank:
                     part = slice(start, start + size)
                     torch.mm(self._axis[own], points[part].T, out=along[:, part])
                     start += size
-            nodes = members.T[:, groups]  # [K, P]
             parts = tuple(
-                part[nodes, 0]
+                part[members.T, 0].index_select(1, groups)  # [K, P]
                 for part in (self._scale, self._slope, self._aperture, self._at_origin)
             )
-            return self._finished(along, points, parts, nodes)
+            return self._finished(along, points, square, parts, members.T[:, groups])
 
     def margins_at(self, points: Tensor, nodes: Tensor) -> Tensor:
         """Margins [P] of points [P, D] to one cone each; nodes [P]."""
@@ -267,11 +273,13 @@ class ConeBank:
             return torch.cat(parts)
 
     def _finished(
-        self, along: Tensor, points: Tensor, parts: tuple[Tensor, ...], nodes: Tensor | None
-    ) -> Tensor:
+        self, along: Tensor, points: Tensor, square: Tensor | None, parts: tuple[Tensor, ...],
+        nodes: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """Margins from r u·y [M, B], in place; `nodes` [M, B] are the cones, None for all [N]."""
         scale, slope, aperture, at_origin = parts
-        square = self._c * safe_norm(points).square()  # sinh², [B]
+        if square is None:
+            square = self._c * safe_norm(points).square()  # sinh², [B]
         across = torch.addcmul(square, along, along, value=-1)
         limit = lorentz.PAIR_TOLERANCE[torch.float64] * square
         bad = None

@@ -199,15 +199,12 @@ def score_leaves(
     else:
         p_unsafe = torch.sigmoid(slope * evidence + offset)
         if active is None and temperature == 1:  # at most p_unsafe: the greatest weight is 1
-            gained = logits[: table.sizes[0]]
-            peak = 1 / risk.total
-            leaves = risk.weights * (p_unsafe / risk.total)
+            given = risk
         else:
             gained = logits[: table.sizes[0]] / temperature
-            gained = gained if active is None else gained + active.clamp_min(NOTHING)
-            shares = torch.softmax(gained, dim=0)
-            peak, leaves = shares.amax(0), shares * p_unsafe
-        held = _held(gained, peak, logits, table, temperature, mixed=active is not None)
+            given = _weighed(gained if active is None else gained + active.clamp_min(NOTHING))
+        leaves = given.weights * (p_unsafe / given.total)
+        held = _held(given, logits, table, temperature, mixed=active is not None)
     unheld = (1 - held).clamp_min(torch.finfo(held.dtype).eps)
     # both must hold: it looks risky, and no active category holds it
     novelty = torch.nn.functional.logsigmoid(slope * looks_risky + offset) + unheld.log()
@@ -216,22 +213,20 @@ def score_leaves(
 
 
 def _held(
-    gained: Tensor, peak: Tensor, logits: Tensor, table: NodeTable, temperature: float, *,
-    mixed: bool,
-) -> Tensor:  # fmt: skip
+    given: _Weighed, logits: Tensor, table: NodeTable, temperature: float, *, mixed: bool
+) -> Tensor:
     """Sum [B] of the SPREAD-th powers of what each active category has of any risk.
 
     Args:
-        gained: tempered logits of the active categories [R, B]. peak: their greatest softmax [B].
+        given: tempered logits of the active categories [R, B].
         logits: [L, B], as :func:`score_leaves` has them.
-        mixed: some categories are active in part; `gained` has these parts alone.
+        mixed: some categories are active in part; `given` has these parts alone.
     """
-    top = gained.amax(0)
-    held = ((gained - top) * SPREAD).exp_().sum(0) * peak.pow(SPREAD)  # 1 / peak is the total
+    held = (given.below * SPREAD).exp_().sum(0) / given.total.pow(SPREAD)
     risk, off = table.sizes[0], table.sizes[1]
     if not off and not mixed:
         return held
-    active = top - peak.log()  # logsumexp of `gained`
+    active = given.mass
     every = torch.logsumexp(logits[:risk] / temperature, 0) if mixed else active
     if off:
         every = torch.logaddexp(every, torch.logsumexp(logits[risk : risk + off] / temperature, 0))
@@ -255,22 +250,24 @@ def score_concepts(logits: Tensor, active: Tensor, leaf: Tensor) -> Tensor:
 
 
 class _Weighed(NamedTuple):
-    """Exponentials of logits [M, B] over their greatest, their sum, and its log [B]."""
+    """How far logits lie below their greatest, the exponentials of that [M, B], their sum, and the
+    log of the sum of the exponentials of the logits [B]."""
 
+    below: Tensor
     weights: Tensor
     total: Tensor
-    top: Tensor
     mass: Tensor
 
 
 def _weighed(logits: Tensor) -> _Weighed:
     if not len(logits):
         none = logits.new_full((logits.shape[1],), -torch.inf)
-        return _Weighed(logits, torch.zeros_like(none), none, none)
+        return _Weighed(logits, logits, torch.zeros_like(none), none)
     top = logits.amax(0)
-    weights = (logits - top).exp_()
+    below = logits - top
+    weights = below.exp()
     total = weights.sum(0)
-    return _Weighed(weights, total, top, total.log() + top)
+    return _Weighed(below, weights, total, total.log() + top)
 
 
 def _either(*masses: Tensor) -> Tensor:

@@ -240,12 +240,6 @@ def test_a_node_is_in_the_cone_where_any_channel_is(
     assert judge._listed(blind, n)[3].tolist() == np.where(asked, inside, False).tolist()
 
 
-def test_the_first_highest_is_that_of_torch() -> None:
-    values = torch.randint(0, 4, (5, 300), generator=torch.Generator().manual_seed(0)).double()
-    values[:, 7], values[:, 8] = torch.nan, 0
-    assert torch.equal(columns._first_highest(values), values.argmax(0))
-
-
 def test_points_by_channel_are_those_of_the_items(
     collection: Collection, model: SafetyModel
 ) -> None:
