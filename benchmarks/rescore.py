@@ -52,6 +52,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of the last run")
     parser.add_argument("--out", help="where the table is made (default: a temporary folder)")
     a = parser.parse_args()
+    if a.sample < 2:
+        parser.error("--sample: the rows are made from these items. Give at least 2.")
     use_threads(1)
     model = load(a.model)
     rng = np.random.default_rng(0)
@@ -100,17 +102,22 @@ def use_threads(threads: int) -> None:
 
 
 class Clock:
-    """Processor seconds of parts that take turns."""
+    """Processor seconds of parts that take turns in this thread, and of other threads (read-ahead)."""
 
     def __init__(self) -> None:
         self.parts: dict[str, float] = {}
-        self._last = time.process_time()
+        self._last, self._start = time.thread_time(), self._others()
 
     def __call__(self, part: str) -> None:
         """What has passed since the last call was this part."""
-        now = time.process_time()
+        now = time.thread_time()
         self.parts[part] = self.parts.get(part, 0.0) + now - self._last
         self._last = now
+        self.parts["other threads"] = self._others() - self._start
+
+    @staticmethod
+    def _others() -> float:
+        return time.process_time() - time.thread_time()
 
 
 def parts(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,6 +146,8 @@ class EmbedData(L.LightningDataModule):
         pictures: read Tiny-ImageNet and emoji.
         text_sets: names of text sets in ``text/``; None: all permissive ones.
         text_weights: how often each source is drawn.
+        batch_weights: how much more often than others contrast sentences of a batch are drawn, by
+            the letters before the number of their ids (``k`` of ``6.1-k003r``, ``bk`` of ``bk-017``).
         rendered: number of rendered pictures of text.
         joined: number of longer texts made of the others (:func:`~hysafe.data.joined.join_texts`).
         everyday: number of sentences that mention things
@@ -172,8 +175,10 @@ class EmbedData(L.LightningDataModule):
         joined: int = 0,
         with_mates: bool = False,
         everyday: int = 0,
+        batch_weights: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
+        self.batch_weights = batch_weights or {}
         self.data_dir, self.image_size = data_dir, image_size
         self.image_batch, self.text_batch = image_batch, text_batch
         self.joined, self.everyday, self.with_mates = joined, everyday, with_mates
@@ -230,11 +235,19 @@ class EmbedData(L.LightningDataModule):
         others = [k for k in train if k not in self.text_weights]
         share = {k: self.text_weights[k] for k in listed}
         share.update({k: self.text_weights.get("other", 0.0) / max(1, len(others)) for k in others})
-        self.draw_weights = torch.tensor(
-            [share[k] / len(v) for k, v in train.items() for _ in v], dtype=torch.double
-        )
+        self.draw_weights = torch.tensor([
+            share[kind] * often / sum(factors)
+            for kind, samples in train.items()
+            for factors in [[self._often(s) for s in samples]]
+            for often in factors
+        ], dtype=torch.double)  # fmt: skip
         self.mates = _mates(self.train_texts.samples) if self.with_mates else None
         self.validation_texts = core_set("validation")[: self.limit]
+
+    def _often(self, sample: Sample) -> float:
+        """How often a text is drawn, beside others of its source."""
+        batch = re.search(r"([a-z]*)-?\d+[rb]?$", sample.id) if self.batch_weights else None
+        return self.batch_weights.get(batch[1], 1.0) if batch else 1.0
 
     def _read_pictures(self) -> None:
         size, rng = self.image_size, random.Random(self.seed)

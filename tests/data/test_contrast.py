@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
+import torch
 
 from hysafe.data.contrast import SPLITS, contrast_set, core_set, long_set
+from hysafe.data.datamodule import EmbedData
 from hysafe.data.label_map import SAFE
 from hysafe.errors import ConfigError
 from hysafe.taxonomy import load_taxonomy
@@ -106,3 +109,21 @@ def test_core_and_long_texts_are_apart(samples: list[Sample]) -> None:
     rest = [s for s in samples if s.id not in ids]
     assert rest
     assert all(s.extra["functionality"] for s in rest)
+
+
+def test_a_batch_is_drawn_more_often_and_its_source_as_often() -> None:
+    given: dict[str, Any] = {"pictures": False, "text_sets": [], "rendered": 4, "image_size": 16}
+    plain, often = EmbedData(**given), EmbedData(**given, batch_weights={"k": 4, "bk": 2})
+    plain.setup()
+    often.setup()
+    samples = plain.train_texts.samples
+    for letters, factor in (("-k", 4), ("bk", 2)):
+        batch = torch.tensor([letters in s.id for s in samples])
+        source = torch.tensor([bool(s.pair) == (letters == "-k") for s in samples])
+        source &= torch.tensor([s.source == "contrast" for s in samples])
+        source &= torch.tensor([not s.extra.get("functionality") for s in samples])
+        drawn, weight = often.draw_weights, plain.draw_weights
+        assert drawn[source].sum().item() == pytest.approx(weight[source].sum().item())
+        rest = source & ~batch
+        ratio = (drawn[batch][0] / drawn[rest][0]).item()
+        assert ratio == pytest.approx(factor)
