@@ -1,8 +1,8 @@
 """The guard on categories it never saw: `python benchmarks/guard.py --guard sft=runs/guard/sft/model ...`
 
 Test split of the contrast set (no guard learns from it), nine categories hidden from all training of
-the guard; the encoder has learnt them. Thresholds are chosen on the validation split, where seen
-categories are hidden one by one.
+the guard; the encoder has learnt them. Thresholds are chosen on the validation split under five policies:
+each seen category plays a hidden one in one of them.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from hysafe.evaluate.guard import (
     novelty_of_cones,
     novelty_of_listed,
 )
+from hysafe.evaluate.metrics import detection
 from hysafe.evaluate.novelty_data import read_held_out
 from hysafe.guard.ask import answers_of, chosen_names, names_of, novelty_of, places_of
 from hysafe.guard.corpus import Labelled, PhraseIndex, item_of
@@ -37,6 +38,9 @@ from hysafe.guard.model import PHRASES, GuardModel
 from hysafe.guard.protocol import Answer, PromptPolicy, Renaming, twins
 from hysafe.guard.rewards import WuPalmer
 from hysafe.guard.split import HIDDEN
+
+# Policies on the validation split that each lack a part of the seen categories.
+FOLDS = 5
 
 
 def main() -> None:
@@ -102,11 +106,14 @@ class Bench:
         # on the validation split seen categories play the hidden ones, one in five of them
         seen = sorted({str(i.node) for i in risky})
         rng.shuffle(seen)
-        out = set(seen[::5])
-        entries = [e for e in self.policy.entries if e.node not in out]
-        self.tuning_policy = PromptPolicy.of(entries)
         self.tuning = risky
-        self.tuning_true = np.array([i.node in out for i in risky])
+        # each seen category plays a hidden one in one of five policies; the first serves --validation
+        self.folds = []
+        for fold in range(FOLDS):
+            out = set(seen[fold::FOLDS])
+            policy = PromptPolicy.of([e for e in self.policy.entries if e.node not in out])
+            self.folds.append((policy, np.array([i.node in out for i in risky])))
+        self.tuning_policy, self.tuning_true = self.folds[0]
         self.tuning_safe = take([i for i in validation if i.node is None], args.limit, rng)
 
     def items(self, split: str, *, borrow: bool = False) -> list[Labelled]:
@@ -174,11 +181,17 @@ class Bench:
 
     def cones(self, score: Any = novelty_of_cones) -> dict[str, float]:
         space = self.world.space
-        tuned = score(
-            [i.evidence for i in self.tuning], [self.tuning_policy] * len(self.tuning), space
-        )
-        limit = best_threshold(tuned, self.tuning_true)
-        return f1_score(score(*self.risky(), space) >= limit, self.true())
+        tuned, true = self.tuned(lambda items, policies: score(items, policies, space))
+        limit, found = best_threshold(tuned, true), score(*self.risky(), space)
+        ranked = detection(torch.from_numpy(found)[~self.true()], torch.from_numpy(found)[self.true()])
+        return {**f1_score(found >= limit, self.true()), "auroc": ranked.auroc}
+
+    def tuned(self, score: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Scores of the risky validation items under each policy of the folds, and whether it lacks
+        their category."""
+        items = [i.evidence for i in self.tuning]
+        found = [score(items, self.policies(self.tuning, policy)) for policy, _ in self.folds]
+        return np.concatenate(found), np.concatenate([true for _, true in self.folds])
 
     def risky(self) -> tuple[list[Any], list[PromptPolicy]]:
         both = [*self.unseen, *self.seen]
@@ -197,13 +210,13 @@ class Bench:
         novel = np.array([isinstance(a, Answer) and a.novel is not None for a in said])
         found: dict[str, Any] = {"ms": took, "answered": f1_score(novel, self.true())}
         # probability, and both together, by thresholds of the validation split
-        tuned = [i.evidence for i in self.tuning], self.policies(self.tuning, self.tuning_policy)
-        p, q = novelty_of(guard, *tuned, space), novelty_of(guard, items, policies, space)
-        g, h = novelty_of_cones(*tuned, space), novelty_of_cones(items, policies, space)
-        found["scored"] = f1_score(q >= best_threshold(p, self.tuning_true), self.true())
+        p, true = self.tuned(lambda *tuned: novelty_of(guard, *tuned, space))
+        g, _ = self.tuned(lambda *tuned: novelty_of_cones(*tuned, space))
+        q, h = novelty_of(guard, items, policies, space), novelty_of_cones(items, policies, space)
+        found["scored"] = f1_score(q >= best_threshold(p, true), self.true())
         both = [(w, (1 - w) * p + w * g) for w in np.linspace(0, 1, 11)]
-        best = max(both, key=lambda t: f1_score(t[1] >= best_threshold(t[1], self.tuning_true), self.tuning_true)["f1"])  # fmt: skip
-        limit = best_threshold(best[1], self.tuning_true)
+        best = max(both, key=lambda t: f1_score(t[1] >= best_threshold(t[1], true), true)["f1"])
+        limit = best_threshold(best[1], true)
         found["combined"] = f1_score((1 - best[0]) * q + best[0] * h >= limit, self.true())
         # names
         names = names_of(guard, items[:n], policies[:n], space)
@@ -439,14 +452,17 @@ def table(rows: dict[str, dict[str, Any]], bench: Bench) -> str:
                 )
     lines += [
         "",
-        "| | detection F1: cones (what is listed alone) | answered | scored | combined | category | category, if it must | binary F1 | over-refusal | flips | PER | PES | well-formed | phrase perplexity | ms |",
+        "| | detection, AUROC; F1: cones (what is listed alone) | answered | scored | combined | category | category, if it must | binary F1 | over-refusal | flips | PER | PES | well-formed | phrase perplexity | ms |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    cones, listed = (rows["nearest phrase"][k]["f1"] for k in ("cones", "listed"))
+    cones, listed = (
+        f"{rows['nearest phrase'][k]['auroc']:.3f}; {rows['nearest phrase'][k]['f1']:.3f}"
+        for k in ("cones", "listed")
+    )
     for name, r in rows.items():
         if "answered" in r:
             lines.append(
-                f"| {name} | {cones:.3f} ({listed:.3f}) | {r['answered']['f1']:.3f} | {r['scored']['f1']:.3f} | {r['combined']['f1']:.3f} | "
+                f"| {name} | {cones} ({listed}) | {r['answered']['f1']:.3f} | {r['scored']['f1']:.3f} | {r['combined']['f1']:.3f} | "
                 f"{r['category']:.3f} ({r['encoder category']:.3f}) | {r['category, if it must']:.3f} | {r['binary']:.3f} ({r['encoder binary']:.3f}) | "
                 f"{r['over-refusal']:.3f} ({r['encoder over-refusal']:.3f}) | {r['flips']['balanced']:.3f} | "
                 f"{r['PER']:.3f} | {r['PES']:.3f} | "
