@@ -3,7 +3,8 @@
 Two sets of 740 sentences, each by a writer (a language model, from a brief) who saw neither the training data, nor a
 model, nor the other set: harmless requests that sound dangerous and risky counterparts, everyday texts, functional
 checks of hate, moderation traffic, bland instructions. `a` was looked at while training texts were written and towers
-chosen; `b` is for the last look. No sentence of the contrast set shares five words in a row with either.
+chosen; `b` is for the last look. No sentence of the contrast set's last batch (`k`, `bk`) shares five words in a row
+with either; of `b` 64 sentences share five common ones (*how do I get rid of*) with older ones.
 """
 
 from __future__ import annotations
