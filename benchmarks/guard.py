@@ -103,11 +103,11 @@ class Bench:
         self.safe = take([i for i in test if i.node is None], args.limit, rng)
         self.siblings = [i for i in self.safe if i.benign_of]
         risky = take([i for i in validation if i.node and i.node not in HIDDEN], args.limit, rng)
-        # on the validation split seen categories play the hidden ones, one in five of them
+        # on the validation split each seen category plays a hidden one in one of five policies; the
+        # first of these serves --validation
         seen = sorted({str(i.node) for i in risky})
         rng.shuffle(seen)
         self.tuning = risky
-        # each seen category plays a hidden one in one of five policies; the first serves --validation
         self.folds = []
         for fold in range(FOLDS):
             out = set(seen[fold::FOLDS])
@@ -181,7 +181,7 @@ class Bench:
 
     def cones(self, score: Any = novelty_of_cones) -> dict[str, float]:
         space = self.world.space
-        tuned, true = self.tuned(lambda items, policies: score(items, policies, space))
+        tuned, true = self.tuned(lambda *tuned: score(*tuned, space))
         limit, found = best_threshold(tuned, true), score(*self.risky(), space)
         ranked = detection(torch.from_numpy(found)[~self.true()], torch.from_numpy(found)[self.true()])
         return {**f1_score(found >= limit, self.true()), "auroc": ranked.auroc}

@@ -499,7 +499,7 @@ class _Scorer:
         found_named: list[_Named] = []
         for start in range(0, n or 1, ROWS):  # a portion stays in the cache until all is said of it
             part = slice(start, start + ROWS)
-            own = self._placed(points.vectors[part])
+            own = self._lifted(points.vectors[part])
             radius[part] = own.radius
             margins = self.dense.margins(own.space, own.square)
             if self.narrow is not None:
@@ -555,7 +555,7 @@ class _Scorer:
 
     def inside(self, vectors: np.ndarray, node: np.ndarray) -> np.ndarray:
         """Whether points lie in the cones of nodes, bool [P]."""
-        space = self._placed(vectors).space
+        space = self._lifted(vectors).space
         nodes = torch.from_numpy(node)
         margins = self.cones.margins_at(space, nodes)
         if self.narrowed is not None:
@@ -563,16 +563,16 @@ class _Scorer:
         found: np.ndarray = (margins > 0).numpy()
         return found
 
-    def _placed(self, vectors: np.ndarray) -> _Placed:
+    def _lifted(self, vectors: np.ndarray) -> _Lifted:
         tangents = torch.from_numpy(np.ascontiguousarray(vectors)).double()
         points = Points.from_tangent(tangents, self.apexes.c, self.apexes.geometry)
         if points.geometry != "lorentz":
-            return _Placed(points.space, points.radius(), None)
+            return _Lifted(points.space, points.radius(), None)
         root = torch.as_tensor(points.c, dtype=torch.double).sqrt()
         radius = torch.linalg.vector_norm(tangents, dim=1)
-        return _Placed(points.space, radius, (root * radius).sinh_().square_())
+        return _Lifted(points.space, radius, (root * radius).sinh_().square_())
 
-    def _of_leaves(self, leaves: Tensor, held: Tensor, own: _Placed) -> tuple[_Named, _Named]:
+    def _of_leaves(self, leaves: Tensor, held: Tensor, own: _Lifted) -> tuple[_Named, _Named]:
         """The leaves at risk that a result may name, and their concepts, with their scores."""
         r, place = (leaves >= self.lowest).nonzero(as_tuple=True)
         scores = leaves[r, place]
@@ -582,7 +582,7 @@ class _Scorer:
         wide = (scores >= self.least) & self.has_concepts[r]
         return spoken, self._of_concepts(r[wide], place[wide], scores[wide], own)
 
-    def _of_concepts(self, r: Tensor, place: Tensor, leaves: Tensor, own: _Placed) -> _Named:
+    def _of_concepts(self, r: Tensor, place: Tensor, leaves: Tensor, own: _Lifted) -> _Named:
         """The concepts of categories r [P] (places among the leaves at risk) of points [P]."""
         if not len(r):
             return _Named(place, r, leaves, r > 0)
@@ -606,7 +606,7 @@ class _Scorer:
         return _Named(place, self.upper[u], scores[u, place], u < 0)
 
 
-class _Placed(NamedTuple):
+class _Lifted(NamedTuple):
     """Points of a portion: space components [B, D], radii [B], and c|x|² [B] in hyperbolic space."""
 
     space: Tensor

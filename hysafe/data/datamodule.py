@@ -207,6 +207,13 @@ class EmbedData(L.LightningDataModule):
                 "contrast" if s.pair else "functional" if s.extra["functionality"] else "background"
             )
             train[kind].append(s)
+        batches = {_batch(s) for own in train.values() for s in own}
+        unknown = sorted(set(self.batch_weights) - batches)
+        if unknown or any(w <= 0 for w in self.batch_weights.values()):
+            raise ConfigError(
+                f"batch_weights {self.batch_weights}: the contrast set has the batches "
+                f"{sorted(batches - {''})}; a weight is greater than 0. Correct it."
+            )
         train["phrases"] = [
             Sample(f"phrase-{n.id}-{i}", "phrases", phrase, None, (n.id,), not n.risky, None,
                    {"concept": n.id} if n.kind == "concept" else {})
@@ -235,19 +242,13 @@ class EmbedData(L.LightningDataModule):
         others = [k for k in train if k not in self.text_weights]
         share = {k: self.text_weights[k] for k in listed}
         share.update({k: self.text_weights.get("other", 0.0) / max(1, len(others)) for k in others})
-        self.draw_weights = torch.tensor([
-            share[kind] * often / sum(factors)
-            for kind, samples in train.items()
-            for factors in [[self._often(s) for s in samples]]
-            for often in factors
-        ], dtype=torch.double)  # fmt: skip
+        weights: list[float] = []
+        for kind, samples in train.items():
+            factors = [self.batch_weights.get(_batch(s), 1.0) for s in samples]
+            weights += [share[kind] * factor / sum(factors) for factor in factors]
+        self.draw_weights = torch.tensor(weights, dtype=torch.double)
         self.mates = _mates(self.train_texts.samples) if self.with_mates else None
         self.validation_texts = core_set("validation")[: self.limit]
-
-    def _often(self, sample: Sample) -> float:
-        """How often a text is drawn, beside others of its source."""
-        batch = re.search(r"([a-z]*)-?\d+[rb]?$", sample.id) if self.batch_weights else None
-        return self.batch_weights.get(batch[1], 1.0) if batch else 1.0
 
     def _read_pictures(self) -> None:
         size, rng = self.image_size, random.Random(self.seed)
@@ -414,6 +415,12 @@ class RoleData(L.LightningDataModule):
             pictures = [to_pixels(decode(image_bytes(v) or b""), self.image_size) for v in values]
             batch[role] = torch.from_numpy(np.stack(pictures))
         return batch
+
+
+def _batch(sample: Sample) -> str:
+    """Letters of the batch of the contrast set that a text is of: ``k`` of ``6.1-k003r``; else none."""
+    found = re.search(r"([a-z]*)-?\d+[rb]?$", sample.id) if sample.source == "contrast" else None
+    return found[1] if found else ""
 
 
 class _Batches(torch.utils.data.Sampler):

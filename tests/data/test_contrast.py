@@ -127,3 +127,10 @@ def test_a_batch_is_drawn_more_often_and_its_source_as_often() -> None:
         rest = source & ~batch
         ratio = (drawn[batch][0] / drawn[rest][0]).item()
         assert ratio == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("weights", [{"kk": 2.0}, {"k": 0.0}])
+def test_weights_of_no_batch_and_no_weight_are_refused(weights: dict[str, float]) -> None:
+    data = EmbedData(pictures=False, text_sets=[], rendered=4, image_size=16, batch_weights=weights)
+    with pytest.raises(ConfigError, match="batch_weights"):
+        data.setup()
