@@ -4,7 +4,7 @@ Two sets of 740 sentences, each by a writer (a language model, from a brief) who
 model, nor the other set: harmless requests that sound dangerous and risky counterparts, everyday texts, functional
 checks of hate, moderation traffic, bland instructions. `a` was looked at while training texts were written and towers
 chosen; `b` is for the last look. No sentence of the contrast set's last batch (`k`, `bk`) shares five words in a row
-with either; of `b` 64 sentences share five common ones (*how do I get rid of*) with older ones.
+with either; older ones do (*how do I get rid of*).
 """
 
 from __future__ import annotations

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -134,3 +137,20 @@ def test_weights_of_no_batch_and_no_weight_are_refused(weights: dict[str, float]
     data = EmbedData(pictures=False, text_sets=[], rendered=4, image_size=16, batch_weights=weights)
     with pytest.raises(ConfigError, match="batch_weights"):
         data.setup()
+
+
+def five_words(text: str) -> set[tuple[str, ...]]:
+    words = re.findall(r"[\w']+", text.lower())
+    return {tuple(words[i : i + 5]) for i in range(len(words) - 4)}
+
+
+def test_the_last_batch_shares_no_five_words_with_what_is_measured(samples: list[Sample]) -> None:
+    measured = [str(s.text) for s in samples if s.extra["split"] != "train"]
+    probes = sorted((Path(__file__).parents[2] / "benchmarks" / "data").glob("probe_*.jsonl"))
+    assert len(probes) == 2
+    for probe in probes:
+        measured += [json.loads(line)["text"] for line in probe.read_text("utf-8").splitlines()]
+    known = set().union(*map(five_words, measured))
+    last = [s for s in samples if re.search(r"-k\d|^bk-", s.id)]
+    assert len(last) > 3000
+    assert [s.id for s in last if five_words(str(s.text)) & known] == []
