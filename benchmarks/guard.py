@@ -13,6 +13,7 @@ import json
 import random
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,17 @@ def main() -> None:
         "--validation", action="store_true",
         help="only what recipes are chosen by: the validation split, seen categories hidden",
     )  # fmt: skip
+    parser.add_argument(
+        "--weights", type=float, nargs=3, action="append", metavar=("RATING", "CATEGORY", "NOVEL"),
+        help="cones_weights of every guard, instead of its own; 0 0 0 is the decoder alone; again for more",
+    )  # fmt: skip
     parser.add_argument("--names", type=int, default=100, help="names printed for a person to read")
     args = parser.parse_args()
     torch.manual_seed(0)
     bench = Bench(args)
     if args.validation:
-        for spec in args.guard:
-            name, _, folder = spec.partition("=")
-            print(name, json.dumps(bench.validation(GuardModel.load(folder))), flush=True)
+        for name, guard in guards(args):
+            print(name, json.dumps(bench.validation(guard)), flush=True)
         return
     rows: dict[str, dict[str, Any]] = {}
     rows["nearest listed node"] = bench.baseline(bench.listed)
@@ -69,9 +73,7 @@ def main() -> None:
     rows["what 60 near phrases agree on"] = bench.baseline(bench.agreed)
     rows["the same, items borrowing"] = bench.baseline(bench.agreed_together)
     rows["best of the 12 shown, by the truth"] = bench.baseline(bench.oracle)
-    for spec in args.guard:
-        name, _, folder = spec.partition("=")
-        guard = GuardModel.load(folder)
+    for name, guard in guards(args):
         rows[name] = bench.guard(guard, name)
         print(name, json.dumps(rows[name], indent=1), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -79,6 +81,18 @@ def main() -> None:
     text = table(rows, bench)
     (args.out / "table.md").write_text(text)
     print(text)
+
+
+def guards(args: argparse.Namespace) -> Iterator[tuple[str, GuardModel]]:
+    """Each guard under each of the weights."""
+    for spec in args.guard:
+        name, _, folder = spec.partition("=")
+        guard = GuardModel.load(folder)
+        if not args.weights:
+            yield name, guard
+        for weights in args.weights or ():
+            guard.config.cones_weights = weights
+            yield f"{name} {weights[0]:g} {weights[1]:g} {weights[2]:g}", guard
 
 
 class Bench:
@@ -249,6 +263,8 @@ class Bench:
         nodes = [e.node for e in self.policy.entries]
         own = [nodes[int(i.evidence.scores[columns].argmax())] == i.node for i in self.seen]
         found["encoder category"] = float(np.mean(own))
+        called = [float(np.nanmax(i.evidence.p_unsafe)) >= 0.5 for i in self.seen]
+        found["encoder category, rated unsafe"] = float(np.mean([a and b for a, b in zip(own, called, strict=True)]))
         safe = answers_of(guard, [i.evidence for i in self.safe], self.policies(self.safe), space)
         unsafe = np.array([getattr(a, "rating", "review") == "unsafe" for a in [*said, *safe]])
         truth = np.array([True] * len(said) + [False] * len(safe))
@@ -310,6 +326,10 @@ class Bench:
             nodes[int(i.evidence.scores[columns].argmax())] == i.node
             for i, t in zip(self.tuning, true, strict=True) if not t
         ]  # fmt: skip
+        called = [
+            float(np.nanmax(i.evidence.p_unsafe)) >= 0.5
+            for i, t in zip(self.tuning, true, strict=True) if not t
+        ]  # fmt: skip
         safe = [i.evidence for i in self.tuning_safe]
         answers = answers_of(guard, safe, self.policies(self.tuning_safe, self.tuning_policy), space)
         unsafe = np.array([getattr(a, "rating", "") == "unsafe" for a in [*said, *answers]])
@@ -317,9 +337,16 @@ class Bench:
         refused = [u for u, i in zip(unsafe[len(said) :], self.tuning_safe, strict=True) if i.benign_of]
         risk = np.array([float(np.nanmax(e.p_unsafe)) for e in [*risky, *safe]]) >= 0.5
         spared = [r for r, i in zip(risk[len(said) :], self.tuning_safe, strict=True) if i.benign_of]
+        # the same item forbidden and allowed, of all seen categories
+        tree = self.world.model.taxonomy
+        flipped = [twins(self.policy, tree, str(i.node), seed=k, pair="p") for k, i in enumerate(self.tuning)]
+        sides = [
+            np.mean([getattr(a, "rating", "") == wanted for a in
+                     answers_of(guard, risky, [f[side].policy for f in flipped], space)])
+            for side, wanted in enumerate(("unsafe", "safe"))
+        ]  # fmt: skip
         cones = novelty_of_cones(risky, policies, space)
         found = novelty_of(guard, risky, policies, space)
-        tree = self.world.model.taxonomy
         banks = [[tree[str(i.node)].name, *tree[str(i.node)].synonyms] for i in self.tuning]
         names = names_of(guard, risky, policies, space)
         named = [
@@ -336,9 +363,11 @@ class Bench:
             "scored": f1_score(found >= best_threshold(found, true), true)["f1"],
             "cones": f1_score(cones >= best_threshold(cones, true), true)["f1"],
             "category": float(np.mean(right)), "encoder category": float(np.mean(own)),
+            "encoder category, rated unsafe": float(np.mean(np.array(own) & np.array(called))),
             "binary": f1_score(unsafe, truth)["f1"], "encoder binary": f1_score(risk, truth)["f1"],
             "over-refusal": float(np.mean(refused)), "encoder over-refusal": float(np.mean(spared)),
             "names": named[0], "names, found only": named[1],
+            "flips": float(np.mean(sides)), "allowed": float(sides[1]),
         }  # fmt: skip
 
     def choose(self, evidence: Any, names: Any) -> int:
@@ -463,7 +492,7 @@ def table(rows: dict[str, dict[str, Any]], bench: Bench) -> str:
         if "answered" in r:
             lines.append(
                 f"| {name} | {cones} ({listed}) | {r['answered']['f1']:.3f} | {r['scored']['f1']:.3f} | {r['combined']['f1']:.3f} | "
-                f"{r['category']:.3f} ({r['encoder category']:.3f}) | {r['category, if it must']:.3f} | {r['binary']:.3f} ({r['encoder binary']:.3f}) | "
+                f"{r['category']:.3f} ({r['encoder category']:.3f}; {r['encoder category, rated unsafe']:.3f}) | {r['category, if it must']:.3f} | {r['binary']:.3f} ({r['encoder binary']:.3f}) | "
                 f"{r['over-refusal']:.3f} ({r['encoder over-refusal']:.3f}) | {r['flips']['balanced']:.3f} | "
                 f"{r['PER']:.3f} | {r['PES']:.3f} | "
                 f"{r['well-formed']:.4f} | {r['phrase perplexity']:.1f} | {r['ms']:.1f} |"
