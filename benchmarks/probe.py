@@ -4,7 +4,8 @@ Two sets of 740 sentences, each by a writer (a language model, from a brief) who
 model, nor the other set: harmless requests that sound dangerous and risky counterparts, everyday texts, functional
 checks of hate, moderation traffic, bland instructions. `a` was looked at while training texts were written and towers
 chosen; `b` is for the last look. No sentence of the contrast set's last batch (`k`, `bk`) shares five words in a row
-with either; older ones do (*how do I get rid of*).
+with either; older ones do (*how do I get rid of*). `c` and `d`, 210 each, by two more writers, are what OCR reads off
+screens and signs: `c` was looked at, `d` is for the last look.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ TOGETHER = {
     "hate": ("hate_functional",),
     "moderation": ("moderation",),
     "instructions": ("instruction",),
+    "screens": ("screen",),
+    "signs": ("sign",),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+")
-    parser.add_argument("--set", choices=("a", "b"), default="b")
+    parser.add_argument("--set", choices=("a", "b", "c", "d"), default="b")
     parser.add_argument("--show", type=int, default=0, help="worst errors of each model that are printed")
     a = parser.parse_args()
     with (SETS / f"probe_{a.set}.jsonl").open(encoding="utf-8") as lines:
@@ -62,6 +65,8 @@ def main() -> None:
     print("|---|---|" + "---|" * len(models))
     for title, kinds in TOGETHER.items():
         at = torch.tensor([kinds is None or k in kinds for k in kind])
+        if not at.any():
+            continue
         cells = [f"{detection(r[at & safe], r[at & ~safe]).auroc:.3f}" for r in risks.values()]
         print(f"| {title} | {int(at.sum())} | {' | '.join(cells)} |")
     for name, risk in risks.items():

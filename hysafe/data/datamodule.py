@@ -24,6 +24,7 @@ from hysafe.data.joined import join_texts
 from hysafe.data.label_map import permissive_sets
 from hysafe.data.leaves import LeafSpace
 from hysafe.data.rendered import render_text_pictures
+from hysafe.data.screens import screen_texts
 from hysafe.data.sources import data_root, image_bytes, iter_samples, load_rows
 from hysafe.errors import ConfigError
 from hysafe.taxonomy import load_taxonomy
@@ -50,6 +51,7 @@ TEXT_WEIGHTS = {
     "other": 0.07,
     "joined": 0.05,
     "everyday": 0.08,
+    "screens": 0.08,
 }
 
 
@@ -152,6 +154,8 @@ class EmbedData(L.LightningDataModule):
         joined: number of longer texts made of the others (:func:`~hysafe.data.joined.join_texts`).
         everyday: number of sentences that mention things
             (:func:`~hysafe.data.everyday.everyday_texts`).
+        screens: number of texts among the rows of a screen or sign
+            (:func:`~hysafe.data.screens.screen_texts`).
         with_mates: a contrast sentence is always drawn with the other side of its pair.
         limit: at most this many pictures and texts of each source (quick runs).
         seed: of sampling and rendering.
@@ -176,12 +180,14 @@ class EmbedData(L.LightningDataModule):
         with_mates: bool = False,
         everyday: int = 0,
         batch_weights: dict[str, float] | None = None,
+        screens: int = 0,
     ) -> None:
         super().__init__()
         self.batch_weights = batch_weights or {}
         self.data_dir, self.image_size = data_dir, image_size
         self.image_batch, self.text_batch = image_batch, text_batch
-        self.joined, self.everyday, self.with_mates = joined, everyday, with_mates
+        self.joined, self.everyday, self.screens = joined, everyday, screens
+        self.with_mates = with_mates
         self.pictures, self.rendered, self.limit, self.seed = pictures, rendered, limit, seed
         self.text_sets = list(permissive_sets()) if text_sets is None else text_sets
         self.text_weights = text_weights or TEXT_WEIGHTS
@@ -231,9 +237,12 @@ class EmbedData(L.LightningDataModule):
             train[name] = kept[: self.limit]
         if self.limit:
             train = {k: v[: self.limit] for k, v in train.items()}
+        whole = [s for v in train.values() for s in v]
         if self.joined:
-            whole = [s for v in train.values() for s in v]
             train["joined"] = join_texts(whole, self.joined, seed=self.seed)
+        if self.screens:
+            count = min(self.screens, self.limit or self.screens)
+            train["screens"] = screen_texts(whole, data_root(self.data_dir), count, seed=self.seed)
         if self.everyday:
             count = min(self.everyday, self.limit or self.everyday)
             train["everyday"] = everyday_texts(data_root(self.data_dir), count, seed=self.seed)
@@ -321,7 +330,9 @@ class EmbedData(L.LightningDataModule):
 
     def _drawn_pictures(self, rng: random.Random) -> list[tuple[str, str, np.ndarray]]:
         """Rendered text, and emoji on plain backgrounds."""
-        texts = [str(s.text) for s in self.train_texts.samples if s.source != "everyday"]
+        texts = [
+            str(s.text) for s in self.train_texts.samples if s.source not in ("everyday", "screens")
+        ]
         chosen = [rng.choice(texts) for _ in range(self.rendered)]
         made = [
             (TEXT_PICTURE, "S.b11", render_text_pictures(chosen, self.image_size, seed=self.seed))

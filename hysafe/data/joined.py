@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from hysafe.types import Sample
 
-__all__ = ["join_texts"]
+__all__ = ["draw_part", "join_texts", "part_groups"]
 
 SPEAKERS = (
     "anna", "tom", "me", "Mum", "jo", "Sam R.", "user", "Assistant", "admin", "kim_92", "Dad",
@@ -29,13 +29,12 @@ def join_texts(samples: Sequence[Sample], count: int, *, seed: int = 0) -> list[
         Samples whose nodes are those of the risky part, or of all parts where none is risky.
     """
     rng = random.Random(seed)
-    safe = _by_source([s for s in samples if s.safe is True])
-    risky = _by_source([s for s in samples if s.safe is False])
+    safe, risky = (part_groups(samples, safe=s) for s in (True, False))
     if not safe or not risky:
         return []
     made: list[Sample] = []
     for number in range(count):
-        parts = [_draw(safe, rng) for _ in range(rng.randint(2, 6))]
+        parts = [draw_part(safe, rng) for _ in range(rng.randint(2, 6))]
         words = 0
         kept: list[Sample] = []
         for part in parts:
@@ -46,7 +45,7 @@ def join_texts(samples: Sequence[Sample], count: int, *, seed: int = 0) -> list[
         nodes = tuple(dict.fromkeys(n for part in kept for n in part.nodes))
         harmless = number % 2 == 0
         if not harmless:
-            bad = _draw(risky, rng)
+            bad = draw_part(risky, rng)
             kept[rng.randrange(len(kept))] = bad
             nodes = bad.nodes
         text = _written([str(part.text) for part in kept], rng)
@@ -54,14 +53,16 @@ def join_texts(samples: Sequence[Sample], count: int, *, seed: int = 0) -> list[
     return made
 
 
-def _by_source(samples: list[Sample]) -> list[list[Sample]]:
+def part_groups(samples: Sequence[Sample], *, safe: bool) -> list[list[Sample]]:
+    """The harmless or the risky texts of each source."""
     groups: dict[str, list[Sample]] = {}
     for s in samples:
-        groups.setdefault(s.source, []).append(s)
+        if s.safe is safe:
+            groups.setdefault(s.source, []).append(s)
     return list(groups.values())
 
 
-def _draw(groups: list[list[Sample]], rng: random.Random) -> Sample:
+def draw_part(groups: list[list[Sample]], rng: random.Random) -> Sample:
     """One text: every second one from the largest source, the others from any source alike."""
     group = max(groups, key=len) if rng.random() < 0.5 else rng.choice(groups)
     return rng.choice(group)
