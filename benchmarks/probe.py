@@ -3,7 +3,7 @@
 Two sets of 740 sentences, each by a writer (a language model, from a brief) who saw neither the training data, nor a
 model, nor the other set: harmless requests that sound dangerous and risky counterparts, everyday texts, functional
 checks of hate, moderation traffic, bland instructions. `a` was looked at while training texts were written and towers
-chosen; `b` is for the last look. No sentence of the contrast set's last batch (`k`, `bk`) shares five words in a row
+chosen; `b` is for the last look. No sentence of the contrast set's batches `k` and `s` shares five words in a row
 with either; older ones do (*how do I get rid of*). `c` and `d`, 210 each, by two more writers, are what OCR reads off
 screens and signs: `c` was looked at, `d` is for the last look.
 """

@@ -50,10 +50,12 @@ def screen_texts(
         ConfigError: a file of `root` is missing.
     """
     rng = random.Random(seed)
-    safe, risky = (part_groups(samples, safe=s) for s in (True, False))
+    short = [s for s in samples if len(str(s.text).split()) <= MOST_SAID]
+    safe, risky = (part_groups(short, safe=s) for s in (True, False))
     if not safe or not risky:
         return []
-    nouns = [noun for kind in sorted(things(root)) for noun in things(root)[kind]]
+    known = things(root)
+    nouns = [known[kind] for kind in sorted(known)]
     made: list[Sample] = []
     for number in range(count):
         harmless = number % 2 == 0
@@ -65,7 +67,7 @@ def screen_texts(
         while said and sum(len(str(part.text).split()) for part in said + bad) > MOST_SAID:
             said.pop()
         nodes = tuple(dict.fromkeys(n for part in bad or said for n in part.nodes)) or (SAFE,)
-        said[(place := rng.randint(0, len(said))) : place] = bad
+        said += bad
         text = _read([str(part.text) for part in said], nouns, rng)
         made.append(Sample(f"screen-{number}", "screens", text, None, nodes, harmless))
     return made
@@ -78,7 +80,7 @@ def _layouts() -> Mapping[str, Sequence[str]]:
     return {str(k): [str(row) for row in rows] for k, rows in table["layouts"].items()}
 
 
-def _read(said: Sequence[str], nouns: Sequence[str], rng: random.Random) -> str:
+def _read(said: Sequence[str], nouns: Sequence[Sequence[str]], rng: random.Random) -> str:
     """What is said among rows of one or two layouts, in the order of reading."""
     layouts = _layouts()
     rows = [
@@ -88,7 +90,7 @@ def _read(said: Sequence[str], nouns: Sequence[str], rng: random.Random) -> str:
     filled = [_filled(row, nouns, rng) for row in rng.sample(rows, min(few, len(rows)))]
     capitals = rng.random() < 0.2
     filled = [line.upper() if capitals and rng.random() < 0.7 else line for line in filled]
-    lines = list(filled)
+    lines = [(line, True) for line in filled]
     for part in said:
         words = part.split()
         if rng.random() < 0.25:  # columns: a row of something else is read into it
@@ -99,27 +101,28 @@ def _read(said: Sequence[str], nouns: Sequence[str], rng: random.Random) -> str:
         place = rng.randint(0, len(lines))
         shout = rng.random() < 0.15
         for piece in reversed([p.upper() if shout else p for p in pieces if p]):
-            lines.insert(place, piece)
+            lines.insert(place, (piece, False))
             place = max(0, place - rng.randint(0, 1))
     # rows go, never what is said
-    while len(" ".join(lines).split()) > MOST_WORDS and any(line in filled for line in lines):
-        lines.remove(rng.choice([line for line in lines if line in filled]))
-    text = " ".join(lines)
+    while sum(len(line.split()) for line, _ in lines) > MOST_WORDS:
+        lines.remove(rng.choice([line for line in lines if line[1]]))
+    text = " ".join(line for line, _ in lines)
     return _misread(text, rng) if rng.random() < 0.2 else text
 
 
-def _filled(row: str, nouns: Sequence[str], rng: random.Random) -> str:
-    thing = rng.choice(nouns)
+def _filled(row: str, nouns: Sequence[Sequence[str]], rng: random.Random) -> str:
+    thing = rng.choice(rng.choice(nouns))
+    day = rng.choice((*DAYS, ""))
     values = {
         "n": lambda: str(rng.choice((rng.randint(1, 9), rng.randint(10, 99), rng.randint(100, 9999)))),
         "p": lambda: rng.choice(("{:.2f}", "{:.0f}", "${:.2f}", "{:.2f} EUR", "£{:.0f}")).format(rng.uniform(1, 300)),
         "t": lambda: f"{rng.randint(0, 23):02d}{rng.choice(':.')}{rng.randint(0, 59):02d}",
-        "d": lambda: f"{rng.choice(DAYS)} {rng.randint(1, 28)} {rng.choice(MONTHS)}"[rng.choice((0, 0, 4)):].strip(),
-        "u": lambda: f"{rng.choice(nouns).split()[0].lower()}{rng.choice(('', '_', '.'))}{rng.randint(1, 99)}",
+        "d": lambda: f"{day} {rng.randint(1, 28)} {rng.choice(MONTHS)}".strip(),
+        "u": lambda: f"{thing.split()[-1].lower()}{rng.choice(('', '_', '.'))}{rng.randint(1, 99)}",
         "m": lambda: rng.choice(SPEAKERS).capitalize(),
         "x": lambda: thing,
         "X": lambda: thing.upper(),
-        "w": lambda: f"{rng.choice(nouns).replace(' ', '')}.example",
+        "w": lambda: f"{thing.replace(' ', '')}.example",
     }  # fmt: skip
     return re.sub(r"\{(\w)\}", lambda found: values[found[1]](), row)
 
@@ -127,9 +130,8 @@ def _filled(row: str, nouns: Sequence[str], rng: random.Random) -> str:
 def _misread(text: str, rng: random.Random) -> str:
     """One to three letters as another shape, or a lost space."""
     for _ in range(rng.randint(1, 3)):
-        at = rng.randrange(len(text))
-        if text[at] == " ":
-            text = text[:at] + text[at + 1 :]
-        elif text[at] in MISREAD:
-            text = text[:at] + MISREAD[text[at]] + text[at + 1 :]
+        places = [i for i, c in enumerate(text) if c == " " or c in MISREAD]
+        if places:
+            at = rng.choice(places)
+            text = text[:at] + MISREAD.get(text[at], "") + text[at + 1 :]
     return text

@@ -227,13 +227,23 @@ def _cones_say(
     """Probability that an item is unsafe by a policy, the share of that risk which each of the slots
     takes (0 for an allowed category and an empty slot), and the share that no listed category takes.
 
-    An item that nothing has judged is as likely safe as not. No two entries may lie on one path.
+    An item that nothing has judged is as likely safe as not. A category has what its concepts, where a
+    policy lists them by themselves, do not have.
     """
     judged = item.p_unsafe[~np.isnan(item.p_unsafe)]
     risk = float(judged.max()) if len(judged) else 0.5
-    taken = {e.node: float(item.scores[rows[e.node]]) for e in policy.entries if e.node in rows}
+    listed = {e.node: e for e in policy.entries if e.node in rows}
+    taken = {n: float(item.scores[rows[n]]) for n in listed}
+    for entry in listed.values():  # from what stands nearest above it on its path
+        above = [
+            e for e in listed.values() if e.path == entry.path[: len(e.path)] and e is not entry
+        ]
+        if above:
+            nearest = max(above, key=lambda e: len(e.path))
+            taken[nearest.node] -= float(item.scores[rows[entry.node]])
+    taken = {n: max(0.0, t) for n, t in taken.items()}
     whole = max(risk, sum(taken.values()), 1e-9)
-    allowed = sum(taken[e.node] for e in policy.entries if e.allowed and e.node in rows) / whole
+    allowed = sum(t for n, t in taken.items() if listed[n].allowed) / whole
     forbidden = max(1 - allowed, 1e-9)
     slots = [0.0 if e.allowed else taken[e.node] / whole / forbidden for e in near]
     slots += [0.0] * (SLOTS - len(slots))
@@ -547,6 +557,16 @@ class GuardModel(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: GuardConfig) -> None:
         super().__init__(config)
+        weights = list(config.cones_weights or ())
+        if (
+            len(weights) != 3
+            or not all(map(math.isfinite, weights))
+            or not all(0 <= w <= 1 for w in weights[:2])
+        ):
+            raise ConfigError(
+                f"cones_weights {weights} in the guard's config.json: give the cones' shares of the rating and "
+                "of the category, 0 to 1, and what is added to novelty, e.g. [0.5, 0.7, -1.0]."
+            )
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         width = self.width
         self.projector = nn.Sequential(
@@ -733,7 +753,8 @@ class GuardModel(PreTrainedModel, GenerationMixin):
             with_cones: draw rating and category from the product of what the decoder and what the cones
                 hold likely, each to the power of its weight (``config.cones_weights``): the decoder has
                 learnt from items that the encoder had learnt too, and trusts its nearest cone too much.
-                Training goes by the decoder alone.
+                For policies that leave out categories which the encoder knows: where none is left out,
+                nothing is novel to the cones. Training goes by the decoder alone.
         """
         s, shape = self._processor().special, self.shape
         was_training = self.training

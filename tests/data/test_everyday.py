@@ -112,17 +112,17 @@ def test_a_missing_file_is_named(root: Path, missing: str) -> None:
         everyday_texts(root, 10)
 
 
-def test_training_reads_them_and_its_rendered_pictures_do_not_change(root: Path) -> None:
+@pytest.mark.parametrize("made", ["everyday", "screens"])
+def test_training_reads_them_and_its_rendered_pictures_do_not_change(root: Path, made: str) -> None:
     given: dict[str, Any] = {
         "data_dir": str(root), "pictures": False, "text_sets": [], "rendered": 4, "image_size": 16
     }  # fmt: skip
-    without, with_them = EmbedData(**given), EmbedData(**given, everyday=50)
-    limited = EmbedData(**given, everyday=50, limit=20)
+    without, with_them = EmbedData(**given), EmbedData(**given, **{made: 50})
+    limited = EmbedData(**given, **{made: 50}, limit=20)
     for data in (without, with_them, limited):
         data.setup()
     sources = [
-        [s.source for s in d.train_texts.samples].count("everyday")
-        for d in (without, with_them, limited)
+        [s.source for s in d.train_texts.samples].count(made) for d in (without, with_them, limited)
     ]
     assert sources == [0, 50, 20]
     assert (

@@ -16,7 +16,9 @@ from hysafe.types import Sample
 
 @pytest.fixture(autouse=True)
 def nouns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(screens, "things", lambda root: {"tool": ["hammer", "tin opener"]})
+    monkeypatch.setattr(
+        screens, "things", lambda root: {"tool": ["hammer", "tin opener"], "dish": ["soup"]}
+    )
 
 
 def samples() -> list[Sample]:
@@ -51,14 +53,19 @@ def test_half_of_the_screens_say_something_risky() -> None:
 def test_what_goes_where_a_screen_is_too_long() -> None:
     """Other texts first, then rows; never the risky one."""
     long = [Sample(str(i), "one", "word " * 60, None, ("S.b2",), True) for i in range(3)]
-    long.append(Sample("r", "one", "bad " * 85, None, ("6.1",), False))
+    long.append(Sample("r", "one", "bad " * 65, None, ("6.1",), False))
+    long.append(
+        Sample("t", "one", "raw " * 200, None, ("6.1",), False)
+    )  # no screen holds that much
+    long.append(Sample("u", "one", "dull " * 200, None, ("S.b2",), True))
     for s in screen_texts(long, Path(), 60):
         words = str(s.text).lower().split()
         assert len(words) <= MOST_WORDS + 1  # a space more where a letter is misread
         if not s.safe:
-            assert sum(w == "bad" for w in words) >= 82
+            assert sum(w == "bad" for w in words) >= 58  # a lost space takes two
             assert "word" not in words
-        elif s.nodes == ("S.b2",):
+        assert not {"raw", "dull"} & set(words)
+        if s.nodes == ("S.b2",):
             assert 55 <= sum(w == "word" for w in words) <= 60
 
 
@@ -71,7 +78,7 @@ def test_rows_are_whole() -> None:
     rows = [row for rows in _layouts().values() for row in rows]
     assert len(rows) > 400
     for row in rows:
-        filled = _filled(row, ["hammer"], rng)
+        filled = _filled(row, [["hammer"], ["soup"]], rng)
         assert filled
         assert not set("{}") & set(filled)
 
@@ -80,6 +87,8 @@ def test_misread_texts_differ_by_a_letter_or_a_space() -> None:
     rng = random.Random(1)
     found = {_misread("some words here", rng) for _ in range(60)}
     assert len(found) > 5
+    assert "some words here" not in found
+    assert _misread("xyz", rng) == "xyz"  # nothing in it looks like something else
     shapes = set("".join(MISREAD.values())) | set("some words here")
     assert all(set(t) <= shapes for t in found)
 

@@ -20,6 +20,7 @@ from hysafe.guard.model import (
     SPECIAL,
     UNSAFE,
     Evidence,
+    GuardConfig,
     GuardModel,
     GuardProcessor,
     PolicySpace,
@@ -161,6 +162,28 @@ def test_greedy_sampling_takes_the_likeliest(model: GuardModel) -> None:
     drawn = model.sample(batch, 8, generator=torch.Generator().manual_seed(0))
     others, _ = model.log_probs(model.repeat(batch, 8), drawn)
     assert bool((best[:, 0] >= others[:, 0].view(4, 8).amax(-1) - 1e-5).all())
+
+
+def test_a_concept_listed_by_itself_is_counted_once(model: GuardModel) -> None:
+    concept = next(n for n in TAXONOMY if n.kind == "concept" and n.parent == "6.1")
+    item = certain(("6.1", 0.9), (concept.id, 0.8), risk=0.9)
+    nodes = [e.node for e in POLICY.entries] + [concept.id]
+    # the concept is allowed in a forbidden category, and forbidden in an allowed one
+    for off, unsafe, slots in ((concept.id, 0.1, {"6.1": 1.0}), ("6.1", 0.8, {concept.id: 1.0})):
+        listed = PromptPolicy.from_view(Policy().apply(TAXONOMY), nodes)
+        entries = [replace(e, allowed=e.node == off) for e in listed.entries]
+        batch = model._processor().judge([item], [PromptPolicy.of(entries)], SPACE)
+        said = batch["cones"][0].tolist()
+        assert said[0] == pytest.approx(unsafe)
+        shares = dict(zip(batch["slot_ids"][0], said[1:-1], strict=True))
+        assert {k: v for k, v in shares.items() if v > 1e-6} == pytest.approx(slots)
+
+
+@pytest.mark.parametrize("weights", [None, [0.5, 0.7], [2.0, 0.5, 0.0], [0.5, float("nan"), 0.0]])
+def test_weights_that_are_none_are_named(model: GuardModel, weights: list[float] | None) -> None:
+    config = GuardConfig(**{**model.config.to_dict(), "cones_weights": weights})
+    with pytest.raises(ConfigError, match="cones_weights"):
+        GuardModel(config)
 
 
 def cones_of(model: GuardModel, item: Evidence, policy: PromptPolicy) -> torch.Tensor:
