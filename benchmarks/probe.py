@@ -5,7 +5,8 @@ model, nor the other set: harmless requests that sound dangerous and risky count
 checks of hate, moderation traffic, bland instructions. `a` was looked at while training texts were written and towers
 chosen; `b` is for the last look. No sentence of the contrast set's batches `k` and `s` shares five words in a row
 with either; older ones do (*how do I get rid of*). `c` and `d`, 210 each, by two more writers, are what OCR reads off
-screens and signs: `c` was looked at, `d` is for the last look.
+screens and signs: `c` was looked at, `d` is for the last look. `e` is of the developers: 24 messages like those of banks,
+carriers and shops, half of them fraud, written when the demo showed one that is missed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ TOGETHER = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+")
-    parser.add_argument("--set", choices=("a", "b", "c", "d"), default="b")
+    parser.add_argument("--set", choices=("a", "b", "c", "d", "e"), default="b")
     parser.add_argument("--show", type=int, default=0, help="worst errors of each model that are printed")
     a = parser.parse_args()
     with (SETS / f"probe_{a.set}.jsonl").open(encoding="utf-8") as lines:
