@@ -13,7 +13,6 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +54,14 @@ def main() -> None:
         "--validation", action="store_true",
         help="only what recipes are chosen by: the validation split, seen categories hidden",
     )  # fmt: skip
-    parser.add_argument(
-        "--weights", type=float, nargs=3, action="append", metavar=("RATING", "CATEGORY", "NOVEL"),
-        help="cones_weights of every guard, instead of its own; 0 0 0 is the decoder alone; again for more",
-    )  # fmt: skip
     parser.add_argument("--names", type=int, default=100, help="names printed for a person to read")
     args = parser.parse_args()
     torch.manual_seed(0)
     bench = Bench(args)
     if args.validation:
-        for name, guard in guards(args):
-            print(name, json.dumps(bench.validation(guard)), flush=True)
+        for spec in args.guard:
+            name, _, folder = spec.partition("=")
+            print(name, json.dumps(bench.validation(GuardModel.load(folder))), flush=True)
         return
     rows: dict[str, dict[str, Any]] = {}
     rows["nearest listed node"] = bench.baseline(bench.listed)
@@ -73,7 +69,9 @@ def main() -> None:
     rows["what 60 near phrases agree on"] = bench.baseline(bench.agreed)
     rows["the same, items borrowing"] = bench.baseline(bench.agreed_together)
     rows["best of the 12 shown, by the truth"] = bench.baseline(bench.oracle)
-    for name, guard in guards(args):
+    for spec in args.guard:
+        name, _, folder = spec.partition("=")
+        guard = GuardModel.load(folder)
         rows[name] = bench.guard(guard, name)
         print(name, json.dumps(rows[name], indent=1), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -81,18 +79,6 @@ def main() -> None:
     text = table(rows, bench)
     (args.out / "table.md").write_text(text)
     print(text)
-
-
-def guards(args: argparse.Namespace) -> Iterator[tuple[str, GuardModel]]:
-    """Each guard under each of the weights."""
-    for spec in args.guard:
-        name, _, folder = spec.partition("=")
-        guard = GuardModel.load(folder)
-        if not args.weights:
-            yield name, guard
-        for weights in args.weights or ():
-            guard.config.cones_weights = weights
-            yield f"{name} {weights[0]:g} {weights[1]:g} {weights[2]:g}", guard
 
 
 class Bench:

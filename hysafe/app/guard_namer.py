@@ -117,8 +117,7 @@ class GuardNamer:
         space = PolicySpace(table.ids, apexes.tangent().float())
         # slots are what the guard reads, never ids: a policy's own may be too long for a prompt
         policies = [PromptPolicy.from_view(view, numbered=True)] * len(items)
-        # the view lists all that the encoder knows, so that nothing is novel to the cones
-        said = answers_of(self.guard, items, policies, space, with_cones=False)
+        said = answers_of(self.guard, items, policies, space)
         wanted = [
             i for i, a in enumerate(said)
             if always or (isinstance(a, Answer) and a.novel is not None)

@@ -25,20 +25,13 @@ def answers_of(
     items: Sequence[Evidence],
     policies: Sequence[PromptPolicy],
     space: PolicySpace,
-    *,
-    with_cones: bool = True,
 ) -> list[Answer | ParseError]:
-    """The likeliest answer to each item; a text that does not parse stands as its error.
-
-    Args:
-        with_cones: weigh the decoder's rating and category with the cones', see
-            :meth:`hysafe.guard.model.GuardModel.sample`.
-    """
+    """The likeliest answer to each item; a text that does not parse stands as its error."""
     found: list[Answer | ParseError] = []
     for start in range(0, len(items), ROWS):
         part = slice(start, start + ROWS)
         prompts = guard.prompts(items[part], policies[part], space)
-        texts = guard.sample(prompts, temperature=0.0, with_cones=with_cones).texts
+        texts = guard.sample(prompts, temperature=0.0).texts
         found += [parse_answer(t, p) for t, p in zip(texts, policies[part], strict=True)]
     return found
 

@@ -217,37 +217,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab: int) -> PreTrainedTokenizerF
     )
 
 
-# Tokens, points, ids behind the slots, which of them are allowed, phrases behind the pointers, what the cones say.
-_Row = tuple[list[int], list[Tensor], list[str], list[bool], list[str], Sequence[float]]
-
-
-def _cones_say(
-    item: Evidence, policy: PromptPolicy, near: Sequence[Entry], rows: Mapping[str, int]
-) -> list[float]:
-    """Probability that an item is unsafe by a policy, the share of that risk which each of the slots
-    takes (0 for an allowed category and an empty slot), and the share that no listed category takes.
-
-    An item that nothing has judged is as likely safe as not. A category has what its concepts, where a
-    policy lists them by themselves, do not have.
-    """
-    judged = item.p_unsafe[~np.isnan(item.p_unsafe)]
-    risk = float(judged.max()) if len(judged) else 0.5
-    listed = {e.node: e for e in policy.entries if e.node in rows}
-    taken = {n: float(item.scores[rows[n]]) for n in listed}
-    for entry in listed.values():  # from what stands nearest above it on its path
-        above = [
-            e for e in listed.values() if e.path == entry.path[: len(e.path)] and e is not entry
-        ]
-        if above:
-            nearest = max(above, key=lambda e: len(e.path))
-            taken[nearest.node] -= float(item.scores[rows[entry.node]])
-    taken = {n: max(0.0, t) for n, t in taken.items()}
-    whole = max(risk, sum(taken.values()), 1e-9)
-    allowed = sum(t for n, t in taken.items() if listed[n].allowed) / whole
-    forbidden = max(1 - allowed, 1e-9)
-    slots = [0.0 if e.allowed else taken[e.node] / whole / forbidden for e in near]
-    slots += [0.0] * (SLOTS - len(slots))
-    return [risk * (1 - allowed), *slots, max(0.0, 1 - sum(taken.values()) / whole) / forbidden]
+# Tokens, points, ids behind the slots, which of them are allowed, phrases behind the pointers.
+_Row = tuple[list[int], list[Tensor], list[str], list[bool], list[str]]
 
 
 class GuardProcessor:
@@ -289,8 +260,7 @@ class GuardProcessor:
         """Prompts that ask for a verdict.
 
         Returns:
-            input_ids, attention_mask [B, T], points [B, S, F], the ids behind the slots, and what the
-            cones say of the answer: cones [B, 2 + slots], see :func:`_cones_say`.
+            input_ids, attention_mask [B, T], points [B, S, F], and the ids behind the slots.
         """
         rows = space.rows()
         made = [
@@ -305,7 +275,7 @@ class GuardProcessor:
         made: list[_Row] = []
         for item in items:
             tokens, points = self._item(item)
-            made.append(([*tokens, s[NAME]], points, [], [], [], [0.5] * (SLOTS + 2)))
+            made.append(([*tokens, s[NAME]], points, [], [], []))
         return self._batch(made)
 
     def _judge(
@@ -329,8 +299,7 @@ class GuardProcessor:
         if item.text:
             tokens += [s[TEXT], *self.words(item.text, TEXT_TOKENS)]
         ids = [policy.renaming.prompt_id(e.node) for e in near]
-        said = _cones_say(item, policy, near, rows)
-        return [*tokens, s[ANSWER]], points, ids, [e.allowed for e in near], pointed, said
+        return [*tokens, s[ANSWER]], points, ids, [e.allowed for e in near], pointed
 
     def _phrases(
         self, item: Evidence, near: Sequence[Entry], tokens: list[int], points: list[Tensor]
@@ -382,7 +351,6 @@ class GuardProcessor:
             "slot_ids": [m[2] for m in made],
             "slot_allowed": [m[3] for m in made],
             "phrases": [m[4] for m in made],
-            "cones": torch.tensor([m[5] for m in made]),
         }
 
 
@@ -520,10 +488,6 @@ class GuardConfig(PreTrainedConfig):
         point_token_id: the token that stands for a point.
         encoder_hash: of the encoder whose points it was trained on; another's mean nothing to it.
         text_hash: of that encoder without its image side.
-        cones_weights: of the cones' log-probabilities of the rating and of the category beside the
-            decoder's (which have the rest of 1), and what is added to novelty's, for answers that are
-            asked `with_cones` (see :meth:`GuardModel.sample`); chosen on the validation split
-            (benchmarks/guard.py --validation --weights). Zeros are the decoder alone.
     """
 
     model_type = "hysafe-guard"
@@ -536,7 +500,6 @@ class GuardConfig(PreTrainedConfig):
     point_token_id: int = 2
     encoder_hash: str = ""
     text_hash: str = ""
-    cones_weights: tuple[float, float, float] | list[float] = (0.5, 0.7, -1.0)
     tie_word_embeddings: bool = True
 
 
@@ -557,16 +520,6 @@ class GuardModel(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: GuardConfig) -> None:
         super().__init__(config)
-        weights = list(config.cones_weights or ())
-        if (
-            len(weights) != 3
-            or not all(map(math.isfinite, weights))
-            or not all(0 <= w <= 1 for w in weights[:2])
-        ):
-            raise ConfigError(
-                f"cones_weights {weights} in the guard's config.json: give the cones' shares of the rating and "
-                "of the category, 0 to 1, and what is added to novelty, e.g. [0.5, 0.7, -1.0]."
-            )
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         width = self.width
         self.projector = nn.Sequential(
@@ -681,7 +634,7 @@ class GuardModel(PreTrainedModel, GenerationMixin):
             place = input_ids == self.config.point_token_id
             if points is not None and bool(place.any()):
                 inputs_embeds = self._with_points(inputs_embeds, place, points)
-        for name in ("slot_ids", "slot_allowed", "phrases", "cones"):
+        for name in ("slot_ids", "slot_allowed", "phrases"):
             kwargs.pop(name, None)
         output: CausalLMOutputWithPast = self.language_model(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels, **kwargs
@@ -744,17 +697,11 @@ class GuardModel(PreTrainedModel, GenerationMixin):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
         begin: Sequence[str] = (),
-        with_cones: bool = False,
     ) -> Completions:
         """n well-formed answers to each prompt; see :class:`hysafe.guard.policy.Decoder`.
 
         Args:
             begin: tokens that every answer begins with: ``(UNSAFE, NOVEL)`` asks for a name alone.
-            with_cones: draw rating and category from the product of what the decoder and what the cones
-                hold likely, each to the power of its weight (``config.cones_weights``): the decoder has
-                learnt from items that the encoder had learnt too, and trusts its nearest cone too much.
-                For policies that leave out categories which the encoder knows: where none is left out,
-                nothing is novel to the cones. Training goes by the decoder alone.
         """
         s, shape = self._processor().special, self.shape
         was_training = self.training
@@ -776,8 +723,6 @@ class GuardModel(PreTrainedModel, GenerationMixin):
                 may = torch.zeros_like(may)
                 may[:, s[begin[len(drawn)]]] = True
             scores = logits.float().masked_fill(~may, _NEVER)
-            if with_cones and len(drawn) < 2:
-                scores = self._with_cones(scores, state, prompts["cones"])
             if temperature > 0:
                 odds = (scores / temperature).softmax(-1)
                 tokens = torch.multinomial(odds, 1, generator=generator).squeeze(-1)
@@ -798,32 +743,6 @@ class GuardModel(PreTrainedModel, GenerationMixin):
         self.train(was_training)
         tokens, answered = torch.stack(drawn, 1), torch.stack(judged, 1)
         return Completions(tokens, answered, self.spell(prompts, tokens))
-
-    def _with_cones(self, logits: Tensor, state: Mapping[str, Tensor], cones: Tensor) -> Tensor:
-        """Logits [B, V] of ratings and of the verdicts of unsafe items, weighed with what the cones say
-        [B, 2 + slots]; others as they are."""
-        s, processor = self.tokens, self._processor()
-        rating, category, novel = self.config.cones_weights
-        said = (cones + 1e-3).log()
-        safe = (1 - cones[:, :1] + 1e-3).log()
-        places = {
-            _RATING: ([s[SAFE], s[UNSAFE], s[REVIEW]], torch.cat([safe, said[:, :1]], -1)),
-            _VERDICT: ([*processor.slots, s[NOVEL]], said[:, 1:]),
-        }
-        likely, found = logits.log_softmax(-1), logits.clone()
-        for part, (tokens, by_cones) in places.items():
-            here = state["part"] == part
-            if part == _RATING:  # what is neither is as likely as the less likely of the two
-                by_cones = torch.cat([by_cones, by_cones.amin(-1, keepdim=True)], -1)
-            else:
-                here = here & ~state["safe"] & ~state["review"]
-            weight = rating if part == _RATING else category
-            mixed = (1 - weight) * likely[:, tokens] + weight * by_cones
-            if part == _VERDICT:
-                mixed[:, -1] += novel
-            mixed = torch.where(logits[:, tokens] > _NEVER, mixed, _NEVER)
-            found[:, tokens] = torch.where(here[:, None], mixed, found[:, tokens])
-        return found
 
     def pointer_log_probs(self, prompts: Mapping[str, Any]) -> Tensor:
         """How likely each phrase of the prompts is as the name of a novel risk, among those that

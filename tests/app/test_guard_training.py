@@ -335,7 +335,7 @@ def test_a_guard_keeps_its_verdict_on_pictures(monkeypatch: pytest.MonkeyPatch) 
     vectors = model.encode_text(["a dog on a lawn", "a cat"]).tangent().numpy()
     items = evidence_of(model, {"image": vectors}, ["", ""], namer.index, model.view())
     said = [Answer("unsafe", None, "anything", "why"), Answer("safe", None, None, "no risk")]
-    monkeypatch.setattr("hysafe.app.guard_namer.answers_of", lambda *a, **how: said)
+    monkeypatch.setattr("hysafe.app.guard_namer.answers_of", lambda *a: said)
     novel, harmless = namer.names(items, model.view())
     assert novel is not None
     assert novel.name in bundled_phrases(THINGS)

@@ -12,7 +12,7 @@ import torch
 
 from hysafe.errors import ConfigError, ShapeError
 from hysafe.guard.algorithms import GRPO, collect, minibatches, sft_loss
-from hysafe.guard.ask import answers_of, places_of
+from hysafe.guard.ask import places_of
 from hysafe.guard.model import (
     NAME_TOKENS,
     NOVEL,
@@ -20,7 +20,6 @@ from hysafe.guard.model import (
     SPECIAL,
     UNSAFE,
     Evidence,
-    GuardConfig,
     GuardModel,
     GuardProcessor,
     PolicySpace,
@@ -162,110 +161,6 @@ def test_greedy_sampling_takes_the_likeliest(model: GuardModel) -> None:
     drawn = model.sample(batch, 8, generator=torch.Generator().manual_seed(0))
     others, _ = model.log_probs(model.repeat(batch, 8), drawn)
     assert bool((best[:, 0] >= others[:, 0].view(4, 8).amax(-1) - 1e-5).all())
-
-
-def test_a_concept_listed_by_itself_is_counted_once(model: GuardModel) -> None:
-    concept = next(n for n in TAXONOMY if n.kind == "concept" and n.parent == "6.1")
-    item = certain(("6.1", 0.9), (concept.id, 0.8), risk=0.9)
-    nodes = [e.node for e in POLICY.entries] + [concept.id]
-    # the concept is allowed in a forbidden category, and forbidden in an allowed one
-    for off, unsafe, slots in ((concept.id, 0.1, {"6.1": 1.0}), ("6.1", 0.8, {concept.id: 1.0})):
-        listed = PromptPolicy.from_view(Policy().apply(TAXONOMY), nodes)
-        entries = [replace(e, allowed=e.node == off) for e in listed.entries]
-        batch = model._processor().judge([item], [PromptPolicy.of(entries)], SPACE)
-        said = batch["cones"][0].tolist()
-        assert said[0] == pytest.approx(unsafe)
-        shares = dict(zip(batch["slot_ids"][0], said[1:-1], strict=True))
-        assert {k: v for k, v in shares.items() if v > 1e-6} == pytest.approx(slots)
-
-
-@pytest.mark.parametrize("weights", [None, [0.5, 0.7], [2.0, 0.5, 0.0], [0.5, float("nan"), 0.0]])
-def test_weights_that_are_none_are_named(model: GuardModel, weights: list[float] | None) -> None:
-    config = GuardConfig(**{**model.config.to_dict(), "cones_weights": weights})
-    with pytest.raises(ConfigError, match="cones_weights"):
-        GuardModel(config)
-
-
-def cones_of(model: GuardModel, item: Evidence, policy: PromptPolicy) -> torch.Tensor:
-    return model._processor().judge([item], [policy], SPACE)["cones"][0]
-
-
-def certain(*scores: tuple[str, float], risk: float) -> Evidence:
-    """An item of a risk, and the scores of some nodes; all others have 0."""
-    given = dict(scores)
-    found = np.array([given.get(n, 0.0) for n in SPACE.ids])
-    return replace(evidence(0, "text"), scores=found, margins=found, p_unsafe=np.array([risk]))
-
-
-def test_what_the_cones_say_is_a_distribution_by_the_policy(model: GuardModel) -> None:
-    without = [e for e in POLICY.entries if e.node != "7.4"]
-    item = certain(("6.1", 0.4), ("6.2", 0.2), ("7.4", 0.2), risk=0.8)
-    unsafe, *shares = cones_of(model, item, PromptPolicy.of(POLICY.entries)).tolist()
-    assert unsafe == pytest.approx(0.8)
-    assert shares[:3] == pytest.approx([0.5, 0.25, 0.25])
-    assert shares[-1] == pytest.approx(0.0, abs=1e-6)
-    # what an unlisted category takes is novel
-    unsafe, *shares = cones_of(model, item, PromptPolicy.of(without)).tolist()
-    assert (unsafe, shares[0], shares[-1]) == pytest.approx((0.8, 0.5, 0.25))
-    # what an allowed one takes is no risk
-    allowed = [replace(e, allowed=e.node == "6.1") for e in without]
-    unsafe, *shares = cones_of(model, item, PromptPolicy.of(allowed)).tolist()
-    assert (unsafe, shares[0], shares[1], shares[-1]) == pytest.approx((0.4, 0.0, 0.5, 0.5))
-    # nothing judged it: safe or not; more risk in categories than in all: no share below 0
-    unjudged = replace(item, p_unsafe=np.array([np.nan]))
-    assert cones_of(model, unjudged, PromptPolicy.of(without))[0] == 0.5
-    assert cones_of(model, replace(unjudged, scores=0 * item.scores), POLICY)[0] == 0.5
-    assert cones_of(model, item, PromptPolicy.of(POLICY.entries)).amin() >= 0
-
-
-def answer_of(model: GuardModel, item: Evidence, policy: PromptPolicy) -> tuple[str, str | None]:
-    """Rating and category, or "novel": what an untrained decoder writes as a name may be too long."""
-    batch = model._processor().judge([item], [policy], SPACE)
-    body = json.loads(model.sample(batch, temperature=0.0, with_cones=True).texts[0])
-    return body["rating"], "novel" if "novel" in body else body["category"]
-
-
-def test_cones_weigh_on_rating_category_and_novelty(
-    model: GuardModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    without = PromptPolicy.of([e for e in POLICY.entries if e.node != "7.4"])
-    known = certain(("6.2", 0.97), risk=0.98)
-    novel = certain(("7.4", 0.97), risk=0.98)
-    harmless = certain(("6.2", 0.01), risk=0.01)
-    monkeypatch.setattr(model.config, "cones_weights", (1.0, 1.0, 0.0))
-    assert answer_of(model, known, without) == ("unsafe", "6.2")
-    assert answer_of(model, novel, without) == ("unsafe", "novel")
-    assert answer_of(model, novel, PromptPolicy.of(POLICY.entries)) == ("unsafe", "7.4")
-    assert answer_of(model, harmless, without)[0] == "safe"
-    # what is added to novelty decides where it is great
-    monkeypatch.setattr(model.config, "cones_weights", (1.0, 1.0, 50.0))
-    assert answer_of(model, known, without) == ("unsafe", "novel")
-    # no weight: the decoder alone, as without
-    monkeypatch.setattr(model.config, "cones_weights", (0.0, 0.0, 0.0))
-    some, policies = [known, novel, harmless, *items()], [without] * 7
-    assert answers_of(model, some, policies, SPACE) == answers_of(
-        model, some, policies, SPACE, with_cones=False
-    )
-
-
-def test_answers_with_cones_are_well_formed_and_of_the_policy(model: GuardModel) -> None:
-    for drawn_from in episodes():
-        batch = model._processor().judge(items(), [drawn_from.policy] * 4, SPACE)
-        drawn = model.sample(batch, 6, generator=torch.Generator().manual_seed(0), with_cones=True)
-        forbidden = {e.node for e in drawn_from.policy.entries if not e.allowed}
-        for text in drawn.texts:
-            answer = parse_answer(text, drawn_from.policy)
-            assert isinstance(answer, Answer), text
-            assert answer.rating != "unsafe" or answer.novel or answer.category in forbidden
-
-
-def test_training_goes_by_the_decoder_alone(model: GuardModel) -> None:
-    given = prompts(model)
-    other = {**given, "cones": given["cones"].flip(0)}
-    answers = [model.sample(p, temperature=0.0).texts for p in (given, other)]
-    assert answers[0] == answers[1]
-    made = model.complete(given, answers[0])
-    torch.testing.assert_close(model.log_probs(given, made)[0], model.log_probs(other, made)[0])
 
 
 def test_without_rationale_answers_end_at_once(model: GuardModel) -> None:
