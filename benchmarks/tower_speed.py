@@ -2,7 +2,7 @@
 
 Processor time of one thread on random pixels, best of several turns in turns, so ratios hold where a
 clock would not. *Trained*: forward, backward and AdamW in bfloat16, with torch's convolutions and with
-:func:`hysafe.encoder.unfolded.unfold_convolutions`.
+:func:`hysafe.encoder.unfolded.unfold_convolutions`. *Fused*: :func:`hysafe.encoder.fused.fused_trunk`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import hysafe.encoder.fine_stem
+from hysafe.encoder.fused import fused_trunk
 from hysafe.encoder.unfolded import unfold_convolutions
 
 TOWERS = ("resnet10t", "hysafe_resnet10t_fine")
@@ -41,6 +42,9 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             label = f"encoding, {str(dtype).removeprefix('torch.')}"
             work[name, label] = encoded(tower(name).eval(), pixels, dtype)
+        fused = fused_trunk(timm.create_model(name, num_classes=0).eval(), a.side)
+        if fused is not None:
+            work[name, "encoding, float32, fused"] = encoded(fused, pixels, torch.float32)
     best = dict.fromkeys(work, float("inf"))
     for _ in range(a.turns):
         for key, step in work.items():
@@ -72,7 +76,7 @@ def trained(model: nn.Module, pixels: torch.Tensor) -> Callable[[], None]:
     return step
 
 
-def encoded(model: nn.Module, pixels: torch.Tensor, dtype: torch.dtype) -> Callable[[], None]:
+def encoded(model: Callable[[torch.Tensor], torch.Tensor], pixels: torch.Tensor, dtype: torch.dtype) -> Callable[[], None]:
     """One batch without gradients."""
 
     @torch.inference_mode()

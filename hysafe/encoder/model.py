@@ -183,12 +183,13 @@ class HyperbolicEncoder(
     # ------------------------------------------------------------ identity, saving, loading
 
     def prepare_inference(self) -> None:
-        """Evaluation mode with the adapter folded in: faster, same outputs, same hash."""
+        """Evaluation mode with adapter and batch norm folded in: faster, same outputs but for the last bits, same hash."""
         self._known_hash, self._known_text_hash = self.hash(), self.text_hash()
         self._known_scale = self.cone_scale_value
         self.eval()
         if self.config["architecture"].get("lora_rank"):
             self.towers.merge_lora()
+        self.towers.fuse()
 
     def hash(self) -> str:
         """First 16 hex digits of the sha256 of config, own weights and preprocessing version."""
