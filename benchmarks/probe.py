@@ -6,7 +6,8 @@ checks of hate, moderation traffic, bland instructions. `a` was looked at while 
 chosen; `b` is for the last look. No sentence of the contrast set's batches `k` and `s` shares five words in a row
 with either; older ones do (*how do I get rid of*). `c` and `d`, 210 each, by two more writers, are what OCR reads off
 screens and signs: `c` was looked at, `d` is for the last look. `e` is of the developers: 24 messages like those of banks,
-carriers and shops, half of them fraud, written when the demo showed one that is missed.
+carriers and shops, half of them fraud, written when the demo showed one that is missed. `f` and `g`, 240 each, by two more writers, are messages, posts
+and what stands on posters, half of it risky: `f` was looked at, `g` is for the last look.
 """
 
 from __future__ import annotations
@@ -30,13 +31,16 @@ TOGETHER = {
     "instructions": ("instruction",),
     "screens": ("screen",),
     "signs": ("sign",),
+    "messages": ("message",),
+    "social": ("social",),
+    "posters": ("poster",),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+")
-    parser.add_argument("--set", choices=("a", "b", "c", "d", "e"), default="b")
+    parser.add_argument("--set", choices=tuple("abcdefg"), default="b")
     parser.add_argument("--show", type=int, default=0, help="worst errors of each model that are printed")
     a = parser.parse_args()
     with (SETS / f"probe_{a.set}.jsonl").open(encoding="utf-8") as lines:
