@@ -163,7 +163,7 @@ class ImageTowerTask(EncoderTask):
         for start in range(0, len(pictures), 256):
             batch = pictures[slice(start, start + 256)]
             x = (batch["pixels"].to(self.device).float() / 255 - towers.mean) / towers.std
-            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            with self.autocast():
                 features = visual(x.contiguous(memory_format=torch.channels_last))
             best = _classify(classifier, features).topk(5, dim=-1).indices.cpu()
             hit = best == batch["classes"][:, None]
@@ -185,7 +185,7 @@ class ImageTowerTask(EncoderTask):
             pictures[chunk.tolist()]["pixels"].to(self.device)
             for chunk in order[:NORM_PICTURES].split(256)
         )
-        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+        with self.autocast():
             recalibrate_norms(towers, batches)
 
     def _averaged(self) -> tuple[nn.Module, nn.Module]:

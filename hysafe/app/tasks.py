@@ -134,6 +134,11 @@ class EncoderTask(L.LightningModule):
             return self.text_lr
         return self.lr if name.startswith("encoder.towers") else self.head_lr
 
+    def autocast(self) -> Any:
+        """Context in which towers encode outside of the steps: bfloat16 where the trainer has it."""
+        half = str(self.trainer.precision).startswith("bf16")
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half)
+
     def training_side(self, sizes: list[list[float]]) -> int:
         """Side of the training pictures now, from [[share of training from which on, side], ...]."""
         return int(max((s for s in sizes if s[0] <= self.progress), key=lambda s: s[0])[1])
@@ -362,14 +367,11 @@ class TaxonomyTask(EncoderTask):
         """Re-encode every phrase with the tower as it is."""
         training = self.encoder.towers.training
         self.encoder.towers.eval()
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self.autocast():
             for name in ("node", "class", "hypernym"):
                 phrases = getattr(self, f"_{name}_phrases")
                 setattr(self, f"_{name}_features", self.encoder.node_features(phrases).clone())
         self.encoder.towers.train(training)
-
-    def _autocast(self) -> Any:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def on_train_start(self) -> None:
         for name in ("_edges", "_siblings", "_hypernym_depth", "_ancestors", "_concepts",
@@ -406,7 +408,7 @@ class TaxonomyTask(EncoderTask):
             return torch.stack(views)
 
         settings = f"{self.image_views} {self.augment} {self.crop} {self.train_sizes}"
-        with self._autocast():
+        with self.autocast():
             if not self.text_stands:
                 self._text_cache = self._kept("text", ["\0".join(texts)], of_texts)
                 log.info("features of %d texts are there", len(texts))
@@ -623,7 +625,7 @@ class TaxonomyTask(EncoderTask):
         encoder.eval()
         self.refresh()
         c = encoder.curvature()
-        with self._autocast():
+        with self.autocast():
             if data.validation_pictures is not None:
                 pictures, hits = data.validation_pictures, 0
                 prototypes = encoder.lift("text", self._class_features).space[: data.photo_classes]

@@ -94,7 +94,7 @@ class TextTowerTask(EncoderTask):
     def on_train_epoch_end(self) -> None:
         data = self._data()
         texts = [str(s.text) for s in data.validation_texts]
-        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+        with self.autocast():
             features = self.encoder.text_features(texts).clone()
         values = text_validation(self.classify(features), data)
         self.log_dict(values)
