@@ -42,6 +42,8 @@ from hysafe.score.novelty import (
     CombinedScorer,
     ConeEnergy,
     ConeMargin,
+    DiscriminantClasses,
+    DiscriminantKNN,
     Encoded,
     LorentzKNN,
     Mahalanobis,
@@ -61,6 +63,8 @@ COMBINED = "combined"
 DECAYS = (1e-4, 1e-3, 1e-2)
 NEIGHBOURS = (1, 5, 20)
 SHRINKAGES = (None, 0.1, 0.3)
+# Of the discriminants of the classes, and of the distance that is usual among neighbours.
+SHARES, LOCALS = (0.4, 0.7, 1.0), (0.3, 0.6)
 # The stated false-alarm rate at which p-values are checked, and the share of false alarms in a queue.
 ALPHA, QUEUE_LEVEL = 0.05, 0.1
 # Margin, in radians, to a node that is not there.
@@ -93,6 +97,12 @@ def _ours() -> dict[str, list[NoveltyScorer]]:
         "Mahalanobis, features": [Mahalanobis("features", s) for s in SHRINKAGES],
         "relative Mahalanobis, features": [
             RelativeMahalanobis("features", s) for s in SHRINKAGES
+        ],
+        "discriminant k-NN, features": [
+            DiscriminantKNN("features", share, k=10, local=w) for share in SHARES for w in LOCALS
+        ],
+        "discriminant classes, features": [
+            DiscriminantClasses("features", share, temperature=t) for share in SHARES for t in (0.1, 0.2)
         ],
     }  # fmt: skip
 

@@ -32,6 +32,8 @@ __all__ = [
     "CombinedScorer",
     "ConeEnergy",
     "ConeMargin",
+    "DiscriminantClasses",
+    "DiscriminantKNN",
     "Encoded",
     "Layer",
     "LorentzKNN",
@@ -281,12 +283,7 @@ class LorentzKNN(NoveltyScorer):
         bank = self._learned(self._bank)
         points = self._lifted(items)
         known = Points(bank, points.c, points.geometry)
-        step = max(1, CHUNK_PAIRS // len(bank))
-        parts = [
-            _kth_distance(points[start : start + step], known, min(self.k, len(bank)))
-            for start in range(0, len(points), step)
-        ]
-        return torch.cat(parts) if parts else points.space.new_empty(0)
+        return _in_chunks(points, known, min(self.k, len(bank)))[0][:, -1]
 
     def state(self) -> dict[str, Tensor]:
         state = {"bank": self._learned(self._bank)}
@@ -297,6 +294,152 @@ class LorentzKNN(NoveltyScorer):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         self._bank = state["bank"]
         self._map = (state["centre"], state["factor"]) if "centre" in state else None
+
+
+@dataclass
+class _Discriminant(NoveltyScorer):
+    """Directions along the discriminants of the classes, at radius 1 of the hyperboloid."""
+
+    needs_labels: ClassVar[bool] = True
+    layer: Layer = "features"
+    share: float = 0.7
+    shrinkage: float | None = None
+    _centre: Tensor | None = field(default=None, init=False, repr=False)
+    _factor: Tensor | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _check_layer(self.layer)
+        if not 0 < self.share <= 1:
+            raise ConfigError(f"{self.name}: share {self.share}; wanted above 0, at most 1.")
+
+    def _learn(self, items: Encoded, labels: Tensor) -> Tensor:
+        """Learn centre and discriminants; returns the position of each item's class [B]."""
+        x = items.vectors(self.layer)
+        means, index = _class_means(x, labels)
+        self._centre = x.mean(0)
+        whiten = _precision_factor(x - means[index], self.shrinkage)
+        basis = torch.linalg.svd((means - self._centre) @ whiten, full_matrices=False).Vh
+        most = max(1, min(len(means) - 1, x.shape[1]))
+        self._factor = (whiten @ basis[: max(1, round(self.share * most))].T).contiguous()
+        return index
+
+    def _directions(self, items: Encoded) -> Tensor:
+        """Unit rows [B, K]."""
+        centre, factor = self._learned(self._centre), self._learned(self._factor)
+        return F.normalize((items.vectors(self.layer) - centre) @ factor, dim=-1)
+
+    def _placed(self, directions: Tensor, items: Encoded) -> Points:
+        return Points.from_tangent(directions.float(), items.points.c, items.points.geometry)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"centre": self._learned(self._centre), "factor": self._learned(self._factor)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self._centre, self._factor = state["centre"], state["factor"]
+
+
+@dataclass
+class DiscriminantKNN(_Discriminant):
+    r"""Mean geodesic distance to the k nearest in-distribution items, less what is usual there.
+
+    Items are whitened within classes and kept along the leading discriminants of the classes: what
+    does not tell known classes apart is noise to them. Their directions lie at radius 1.
+
+    .. math:: \frac{1}{k} \sum_{n \in N_k(x)} \bigl(d(x, n) - \lambda\, r(n)\bigr)
+
+    with r(n) the mean distance of n to its own k nearest: dense and sparse classes are judged alike.
+
+    Args:
+        layer: ``points`` (tangent vectors at the origin) or ``features``.
+        share: of the discriminants (one fewer than classes, at most D), leading ones first.
+        shrinkage: of the covariance within classes; None estimates it.
+        k: neighbours; at most one fewer than there are items.
+        local: lambda.
+
+    Source: discriminants Rao 1948; the local level as a difference, after Breunig et al. 2000 (LOF).
+    """
+
+    name: ClassVar[str] = "discriminant k-NN"
+    k: int = 10
+    local: float = 0.5
+    _bank: Tensor | None = field(default=None, init=False, repr=False)
+    _usual: Tensor | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k < 1 or self.local < 0:
+            raise ConfigError(
+                f"{self.name}: k={self.k}, local={self.local}; wanted k >= 1, local >= 0."
+            )
+
+    def _fit(self, items: Encoded, labels: Tensor | None) -> None:
+        assert labels is not None
+        if len(items) < 2:
+            raise ShapeError(f"{self.name}: one item has no neighbours. Give more items to fit.")
+        self._learn(items, labels)
+        bank = self._placed(self._directions(items), items)
+        self._bank = bank.space
+        # the nearest of each is itself
+        self._usual = _in_chunks(bank, bank, min(self.k + 1, len(bank)))[0][:, 1:].mean(-1)
+
+    def _score(self, items: Encoded) -> Tensor:
+        points = self._placed(self._directions(items), items)
+        known = Points(self._learned(self._bank), points.c, points.geometry)
+        distances, index = _in_chunks(points, known, min(self.k, len(known) - 1))
+        return (distances - self.local * self._learned(self._usual)[index]).mean(-1)
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            **super().state(),
+            "bank": self._learned(self._bank),
+            "usual": self._learned(self._usual),
+        }
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state(state)
+        self._bank, self._usual = state["bank"], state["usual"]
+
+
+@dataclass
+class DiscriminantClasses(_Discriminant):
+    """How unsure the nearest class is: minus the greatest softmax share of the classes by distance.
+
+    Items as in :class:`DiscriminantKNN`; of each class the direction of its mean is kept.
+
+    Args:
+        layer, share, shrinkage: as in :class:`DiscriminantKNN`.
+        temperature: distances are divided by it.
+
+    Source: Hendrycks and Gimpel 2017, with distances to class means for logits.
+    """
+
+    name: ClassVar[str] = "discriminant classes"
+    temperature: float = 0.1
+    _means: Tensor | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.temperature > 0:
+            raise ConfigError(f"{self.name}: temperature {self.temperature} > 0 wanted.")
+
+    def _fit(self, items: Encoded, labels: Tensor | None) -> None:
+        assert labels is not None
+        index = self._learn(items, labels)
+        means, _ = _class_means(self._directions(items), index)
+        self._means = self._placed(F.normalize(means, dim=-1), items).space
+
+    def _score(self, items: Encoded) -> Tensor:
+        points = self._placed(self._directions(items), items)
+        means = Points(self._learned(self._means), points.c, points.geometry)
+        logits = -points.dist(means).double() / self.temperature
+        return -logits.softmax(-1).amax(-1)
+
+    def state(self) -> dict[str, Tensor]:
+        return {**super().state(), "means": self._learned(self._means)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state(state)
+        self._means = state["means"]
 
 
 @dataclass
@@ -518,8 +661,8 @@ class CombinedScorer(NoveltyScorer):
 SCORERS: Mapping[str, type[NoveltyScorer]] = {
     kind.name: kind
     for kind in (
-        ConeMargin, ConeEnergy, Radius, LorentzKNN, Mahalanobis, RelativeMahalanobis, ClassCones,
-        CombinedScorer,
+        ConeMargin, ConeEnergy, Radius, LorentzKNN, DiscriminantKNN, DiscriminantClasses, Mahalanobis,
+        RelativeMahalanobis, ClassCones, CombinedScorer,
     )
 }  # fmt: skip
 
@@ -659,8 +802,8 @@ def _squared(x: Tensor, y: Tensor) -> Tensor:
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
-def _kth_distance(points: Points, known: Points, k: int) -> Tensor:
-    """Geodesic distance [B] to the k-th nearest of `known`.
+def _nearest(points: Points, known: Points, k: int) -> tuple[Tensor, Tensor]:
+    """Geodesic distances [B, k] to the k nearest of `known`, ascending, and which these are [B, k].
 
     Nearest by inner product (in double: wrong only where distances agree to 1e-7), then measured.
     """
@@ -671,7 +814,17 @@ def _kth_distance(points: Points, known: Points, k: int) -> Tensor:
         near = x @ y.T - y.square().sum(-1) / 2
     index = near.topk(min(k + TIES, len(known))).indices  # [B, k + TIES]
     distances = points.functions.dist(x[:, None, :], y[index], points.c)
-    return distances.sort(-1).values[:, k - 1]
+    found, order = distances.sort(-1)
+    return found[:, :k], index.gather(1, order[:, :k])
+
+
+def _in_chunks(points: Points, known: Points, k: int) -> tuple[Tensor, Tensor]:
+    """:func:`_nearest`, so many points at a time that memory stays flat."""
+    step = max(1, CHUNK_PAIRS // len(known))
+    parts = [_nearest(points[i : i + step], known, k) for i in range(0, len(points), step)]
+    if not parts:
+        return points.space.new_empty((0, k)).double(), torch.empty((0, k), dtype=torch.long)
+    return torch.cat([d for d, _ in parts]), torch.cat([i for _, i in parts])
 
 
 def _class_means(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

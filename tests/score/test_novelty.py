@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.covariance import LedoitWolf
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.neighbors import NearestNeighbors
 
 from hysafe.errors import ConfigError, ModelError, ShapeError
@@ -20,6 +21,8 @@ from hysafe.score.novelty import (
     CombinedScorer,
     ConeEnergy,
     ConeMargin,
+    DiscriminantClasses,
+    DiscriminantKNN,
     Encoded,
     LorentzKNN,
     Mahalanobis,
@@ -50,8 +53,13 @@ MAKERS: dict[str, Callable[[], NoveltyScorer]] = {
     "mahalanobis features": lambda: Mahalanobis("features", 0.2),
     "relative": RelativeMahalanobis,
     "class cones": ClassCones,
+    "discriminant k-nn": lambda: DiscriminantKNN(k=3),
+    "discriminant k-nn points": lambda: DiscriminantKNN("points", 1.0, k=5, local=0.0),
+    "discriminant classes": DiscriminantClasses,
     "combined": lambda: CombinedScorer([LorentzKNN(2), Mahalanobis("features"), ConeEnergy()]),
 }
+# How unsure the class is: what lies far beyond one class is sure to be of it.
+DOUBTS = {"discriminant classes"}
 RANKS_WITHOUT_FIT = {"cone margin", "cone energy", "radius"}
 
 
@@ -93,7 +101,8 @@ def test_higher_is_more_novel(kind: str, known: tuple[Encoded, torch.Tensor]) ->
     outside = scorer.score(items(60, 3, shift=0.8)[0])
     assert inside.shape == (60,)
     assert inside.dtype == torch.double
-    assert float(outside.median()) > float(inside.quantile(0.9))
+    level = 0.5 if kind in DOUBTS else 0.9
+    assert float(outside.median()) > float(inside.quantile(level))
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -278,6 +287,74 @@ def test_more_neighbours_than_items_are_all_of_them() -> None:
         LorentzKNN(0)
     with pytest.raises(ConfigError, match="layer"):
         LorentzKNN(1, "logits")  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- discriminants
+
+
+def test_discriminants_span_what_sklearn_finds(known: tuple[Encoded, torch.Tensor]) -> None:
+    encoded, labels = known
+    scorer = DiscriminantKNN("points", 1.0, shrinkage=0.0)
+    scorer.fit(encoded, labels)
+    factor = scorer.state()["factor"]
+    assert factor.shape == (DIM, CLASSES - 1)
+    x = encoded.points.tangent().double()
+    lda = LinearDiscriminantAnalysis(solver="eigen").fit(x.numpy(), labels.numpy())
+    other = torch.from_numpy(lda.scalings_[:, : CLASSES - 1])
+    both = torch.cat([torch.linalg.qr(factor)[0], torch.linalg.qr(other)[0]], 1)
+    assert int((torch.linalg.svdvals(both) > 0.05).sum()) == CLASSES - 1  # the same subspace
+
+
+@pytest.mark.parametrize("local", [0.0, 0.5])
+def test_discriminant_neighbours_are_those_of_a_slow_reference(
+    known: tuple[Encoded, torch.Tensor], local: float
+) -> None:
+    encoded, labels = known
+    batch = items(12, 4)[0]
+    scorer = DiscriminantKNN("features", 1.0, k=4, local=local)
+    got = scorer.fit(encoded, labels).score(batch)
+    state = scorer.state()
+
+    def placed(e: Encoded) -> torch.Tensor:
+        z = (e.vectors("features") - state["centre"]) @ state["factor"]
+        z = z / z.norm(dim=-1, keepdim=True)
+        return torch.stack([lorentz.exp_map0(row[None], C)[0] for row in z])
+
+    bank, points = placed(encoded), placed(batch)
+    between = torch.stack([lorentz.dist(b[None], bank, C) for b in bank])
+    usual = torch.stack([row.sort().values[1:5].mean() for row in between])
+    for k, point in enumerate(points):
+        d = lorentz.dist(point[None], bank, C)
+        near = d.argsort()[:4]
+        expected = (d[near] - local * usual[near]).mean()
+        torch.testing.assert_close(got[k], expected, atol=2e-5, rtol=1e-5)
+
+
+def test_between_two_classes_is_novel_to_discriminant_classes(
+    known: tuple[Encoded, torch.Tensor],
+) -> None:
+    encoded, labels = known
+    features = encoded.features
+    assert features is not None
+    scorer = DiscriminantClasses(share=1.0).fit(encoded, labels)
+    means = torch.stack([features[labels == k].mean(0) for k in range(CLASSES)])
+    between = (means[0] + means[1])[None] / 2
+    points = encoded.points
+    halfway = scorer.score(Encoded(points[:1], None, between))
+    at_mean = scorer.score(Encoded(points[:CLASSES], None, means))
+    assert float(halfway) > float(at_mean.max())
+
+
+def test_discriminants_refuse_what_they_cannot_do(known: tuple[Encoded, torch.Tensor]) -> None:
+    encoded, labels = known
+    with pytest.raises(ConfigError, match="share"):
+        DiscriminantKNN(share=0.0)
+    with pytest.raises(ConfigError, match="k=0"):
+        DiscriminantKNN(k=0)
+    with pytest.raises(ConfigError, match="temperature"):
+        DiscriminantClasses(temperature=0.0)
+    with pytest.raises(ShapeError, match="one item"):
+        DiscriminantKNN("points").fit(encoded[:1], labels[:1])
 
 
 # ---------------------------------------------------------------- Gaussians
