@@ -422,6 +422,8 @@ class TaxonomyTask(EncoderTask):
             return make().to(self.device)
         architecture = json.dumps(self.encoder.towers.architecture, sort_keys=True)
         digest = hashlib.sha256(architecture.encode())
+        if not torch.is_autocast_enabled(self.device.type):
+            digest.update(b"float32")
         for name, value in sorted(self.encoder.towers.own_state().items()):
             if f"model.{part}." in name:
                 digest.update(name.encode())

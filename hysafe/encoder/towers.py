@@ -8,7 +8,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hysafe.encoder.fused import fused_trunk
+from hysafe.encoder.fused import FusedTrunk, fused_trunk
 from hysafe.errors import ConfigError, ModelError
 
 __all__ = ["MINILM_SHA256", "Towers", "minilm_path", "mini_architecture", "open_clip_architecture"]
@@ -155,7 +155,7 @@ class Towers(nn.Module):
         self.model.visual.to(memory_format=torch.channels_last)
         self._tokenizer = tokenizer
         self._hf_tokenizer = getattr(tokenizer, "tokenizer", None)
-        self._fused: Callable[[Tensor], Tensor] | None = None
+        self._fused: FusedTrunk | None = None
         if architecture.get("lora_rank"):
             self._add_lora(int(architecture["lora_rank"]))
         elif kind == "open_clip_config":
@@ -184,22 +184,26 @@ class Towers(nn.Module):
     def encode_image(self, pixels: Tensor) -> Tensor:
         """uint8 or float [0, 255] pixels [B, 3, S, S] -> features [B, E] (not normalised)."""
         x = (pixels.float() / 255 - self.mean) / self.std
-        if self._fused is not None and self._may_fuse(x):
+        if self._fused is not None and self._may_fuse(x) and self._fused.fresh():
             return self.model.visual.head(self._fused(x))  # type: ignore[operator, union-attr, no-any-return]
         return self.model.encode_image(x.contiguous(memory_format=torch.channels_last))  # type: ignore[operator]
 
     def fuse(self) -> bool:
-        """Copy the image tower into a faster form for inference, where there is one; weights must
-        not change afterwards. Returns whether there is."""
+        """Copy the image tower into a faster form for inference, where there is one; it is not used
+        once the weights have changed. Returns whether there is."""
         trunk = getattr(self.model.visual, "trunk", None)
         self._fused = None if trunk is None else fused_trunk(trunk, self.image_size)
         return self._fused is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fused": None}  # a copy has weights of its own
 
     def _may_fuse(self, x: Tensor) -> bool:
         return not (
             self.training
             or torch.is_grad_enabled()
             or x.device.type != "cpu"
+            or x.dtype != torch.float32
             or torch.is_autocast_enabled("cpu")
         )
 

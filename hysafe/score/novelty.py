@@ -58,6 +58,8 @@ CHUNK_PAIRS = 1 << 22
 TIES = 4
 # Covariances are inverted with at least this share of their mean eigenvalue on the diagonal.
 LEAST_SHRINKAGE = 1e-4
+# Directions along fewer than two discriminants say nothing.
+LEAST_CLASSES = 3
 # Weight decay of the combination, per part, on standardised scores: parts that agree share weight.
 COMBINATION_DECAY = 1e-2
 # A standardised score beyond this says no more: one part must not shout the others down.
@@ -316,11 +318,16 @@ class _Discriminant(NoveltyScorer):
         """Learn centre and discriminants; returns the position of each item's class [B]."""
         x = items.vectors(self.layer)
         means, index = _class_means(x, labels)
+        if len(means) < LEAST_CLASSES:
+            raise ShapeError(
+                f"{self.name}: {len(means)} classes have {len(means) - 1} discriminants, and directions "
+                f"along fewer than two say nothing. Give at least {LEAST_CLASSES} classes."
+            )
         self._centre = x.mean(0)
         whiten = _precision_factor(x - means[index], self.shrinkage)
         basis = torch.linalg.svd((means - self._centre) @ whiten, full_matrices=False).Vh
-        most = max(1, min(len(means) - 1, x.shape[1]))
-        self._factor = (whiten @ basis[: max(1, round(self.share * most))].T).contiguous()
+        kept = max(2, round(self.share * min(len(means) - 1, x.shape[1])))
+        self._factor = (whiten @ basis[:kept].T).contiguous()
         return index
 
     def _directions(self, items: Encoded) -> Tensor:
@@ -377,14 +384,14 @@ class DiscriminantKNN(_Discriminant):
         if len(items) < 2:
             raise ShapeError(f"{self.name}: one item has no neighbours. Give more items to fit.")
         self._learn(items, labels)
-        bank = self._placed(self._directions(items), items)
-        self._bank = bank.space
+        self._bank = self._directions(items).float()
+        bank = self._placed(self._bank, items)
         # the nearest of each is itself
         self._usual = _in_chunks(bank, bank, min(self.k + 1, len(bank)))[0][:, 1:].mean(-1)
 
     def _score(self, items: Encoded) -> Tensor:
         points = self._placed(self._directions(items), items)
-        known = Points(self._learned(self._bank), points.c, points.geometry)
+        known = self._placed(self._learned(self._bank), items)
         distances, index = _in_chunks(points, known, min(self.k, len(known) - 1))
         return (distances - self.local * self._learned(self._usual)[index]).mean(-1)
 
@@ -426,11 +433,11 @@ class DiscriminantClasses(_Discriminant):
         assert labels is not None
         index = self._learn(items, labels)
         means, _ = _class_means(self._directions(items), index)
-        self._means = self._placed(F.normalize(means, dim=-1), items).space
+        self._means = F.normalize(means, dim=-1).float()
 
     def _score(self, items: Encoded) -> Tensor:
         points = self._placed(self._directions(items), items)
-        means = Points(self._learned(self._means), points.c, points.geometry)
+        means = self._placed(self._learned(self._means), items)
         logits = -points.dist(means).double() / self.temperature
         return -logits.softmax(-1).amax(-1)
 
@@ -820,7 +827,8 @@ def _nearest(points: Points, known: Points, k: int) -> tuple[Tensor, Tensor]:
 
 def _in_chunks(points: Points, known: Points, k: int) -> tuple[Tensor, Tensor]:
     """:func:`_nearest`, so many points at a time that memory stays flat."""
-    step = max(1, CHUNK_PAIRS // len(known))
+    step = max(1, CHUNK_PAIRS // max(len(known), (k + TIES) * known.space.shape[1]))
+    known = Points(known.space.double(), known.c, known.geometry)  # once
     parts = [_nearest(points[i : i + step], known, k) for i in range(0, len(points), step)]
     if not parts:
         return points.space.new_empty((0, k)).double(), torch.empty((0, k), dtype=torch.long)

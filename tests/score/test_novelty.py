@@ -30,6 +30,7 @@ from hysafe.score.novelty import (
     Radius,
     RelativeMahalanobis,
     StandIns,
+    _in_chunks,
     class_folds,
     load_scorer,
     save_scorer,
@@ -292,17 +293,23 @@ def test_more_neighbours_than_items_are_all_of_them() -> None:
 # ---------------------------------------------------------------- discriminants
 
 
-def test_discriminants_span_what_sklearn_finds(known: tuple[Encoded, torch.Tensor]) -> None:
-    encoded, labels = known
-    scorer = DiscriminantKNN("points", 1.0, shrinkage=0.0)
-    scorer.fit(encoded, labels)
-    factor = scorer.state()["factor"]
-    assert factor.shape == (DIM, CLASSES - 1)
-    x = encoded.points.tangent().double()
+def test_leading_discriminants_are_those_of_sklearn() -> None:
+    # classes of one size whose means lie 9, 6, 3 and 1 apart along axes that nothing else marks
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(5).repeat_interleave(200)
+    axes = torch.linalg.qr(torch.randn(8, 8, generator=g, dtype=torch.double))[0]
+    means = torch.zeros(5, 8, dtype=torch.double)
+    means[range(1, 5), range(4)] = torch.tensor([9.0, 6, 3, 1], dtype=torch.double)
+    x = (means[labels] + torch.randn(1000, 8, generator=g, dtype=torch.double)) @ axes
+    encoded = Encoded(items(1000, 1)[0].points, None, x)
     lda = LinearDiscriminantAnalysis(solver="eigen").fit(x.numpy(), labels.numpy())
-    other = torch.from_numpy(lda.scalings_[:, : CLASSES - 1])
-    both = torch.cat([torch.linalg.qr(factor)[0], torch.linalg.qr(other)[0]], 1)
-    assert int((torch.linalg.svdvals(both) > 0.05).sum()) == CLASSES - 1  # the same subspace
+    for share, kept in ((0.5, 2), (0.75, 3), (1.0, 4)):
+        scorer = DiscriminantKNN(share=share, shrinkage=0.0)
+        factor = scorer.fit(encoded, labels).state()["factor"]
+        assert factor.shape == (8, kept)
+        other = torch.from_numpy(lda.scalings_[:, :kept])
+        angles = torch.linalg.svdvals(torch.linalg.qr(factor)[0].T @ torch.linalg.qr(other)[0])
+        assert float(angles.min()) > 0.999, share  # cosines between the two subspaces
 
 
 @pytest.mark.parametrize("local", [0.0, 0.5])
@@ -355,6 +362,25 @@ def test_discriminants_refuse_what_they_cannot_do(known: tuple[Encoded, torch.Te
         DiscriminantClasses(temperature=0.0)
     with pytest.raises(ShapeError, match="one item"):
         DiscriminantKNN("points").fit(encoded[:1], labels[:1])
+    with pytest.raises(ShapeError, match="2 classes"):
+        DiscriminantClasses("points").fit(encoded, labels % 2)
+
+
+def test_a_known_item_is_at_distance_0_whatever_the_curvature(
+    known: tuple[Encoded, torch.Tensor],
+) -> None:
+    encoded, labels = known
+    scorer = DiscriminantKNN(k=1, local=0.0).fit(encoded, labels)
+    others, _ = items(len(encoded), 4, c=5.0)
+    again = Encoded(others.points, encoded.margins, encoded.features)
+    assert float(scorer.score(again).abs().max()) < 1e-5
+
+
+def test_few_neighbours_need_little_memory() -> None:
+    points = items(300, 1)[0].points
+    wanted = _in_chunks(points, points[:50], 3)
+    parts = [_in_chunks(points[i : i + 1], points[:50], 3) for i in range(300)]
+    torch.testing.assert_close(wanted[0], torch.cat([d for d, _ in parts]))
 
 
 # ---------------------------------------------------------------- Gaussians
