@@ -6,6 +6,8 @@ import csv
 import io
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ import yaml
 from PIL import Image
 
 from hysafe.app.image_task import ancestor_cross_entropy, colour_jitter, paste_box
-from hysafe.app.tasks import TaxonomyTask, random_resized_crop_flip
+from hysafe.app.tasks import EncoderTask, TaxonomyTask, random_resized_crop_flip
 from hysafe.app.training import embed_main
 from hysafe.data.datamodule import _Batches
 from hysafe.encoder import HyperbolicEncoder
@@ -290,3 +292,27 @@ def test_processes_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     for both, one, other in zip(whole, *parts, strict=True):
         assert sorted(both) == sorted(one + other)
         assert len(one) == 3
+
+
+def test_features_of_one_precision_are_not_taken_for_those_of_another(tmp_path: Path) -> None:
+    def task(precision: str) -> Any:
+        towers = SimpleNamespace(architecture={}, own_state=dict)
+        return SimpleNamespace(
+            trainer=SimpleNamespace(precision=precision),
+            device=torch.device("cpu"),
+            feature_cache=str(tmp_path),
+            encoder=SimpleNamespace(towers=towers),
+        )
+
+    made: list[str] = []
+    for precision in ("bf16-mixed", "32-true", "bf16-mixed", "32-true"):
+        one = task(precision)
+
+        def make(precision: str = precision) -> torch.Tensor:
+            made.append(precision)
+            return torch.ones(2, 2) @ torch.ones(2, 2)
+
+        with EncoderTask.autocast(one):
+            wanted = torch.bfloat16 if precision.startswith("bf16") else torch.float32
+            assert TaxonomyTask._kept(one, "text", ["a"], make).dtype == wanted
+    assert made == ["bf16-mixed", "32-true"]

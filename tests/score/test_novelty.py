@@ -14,6 +14,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from hysafe.errors import ConfigError, ModelError, ShapeError
 from hysafe.geometry import Points, cones, lorentz
+from hysafe.score import novelty
 from hysafe.score.novelty import (
     LEAST_SHRINKAGE,
     SCORERS,
@@ -376,11 +377,26 @@ def test_a_known_item_is_at_distance_0_whatever_the_curvature(
     assert float(scorer.score(again).abs().max()) < 1e-5
 
 
-def test_few_neighbours_need_little_memory() -> None:
+def test_chunks_of_points_have_the_neighbours_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     points = items(300, 1)[0].points
-    wanted = _in_chunks(points, points[:50], 3)
-    parts = [_in_chunks(points[i : i + 1], points[:50], 3) for i in range(300)]
-    torch.testing.assert_close(wanted[0], torch.cat([d for d, _ in parts]))
+    whole = _in_chunks(points, points[:50], 3)
+    seen: list[int] = []
+    nearest = novelty._nearest
+
+    def watched(some: Points, known: Points, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(len(some))
+        return nearest(some, known, k)
+
+    monkeypatch.setattr(novelty, "_nearest", watched)
+    monkeypatch.setattr(novelty, "CHUNK_PAIRS", 700)
+    parts = _in_chunks(points, points[:50], 3)
+    assert max(seen) == 700 // 50  # the bank is larger than the neighbours with their numbers
+    assert sum(seen) == 300
+    assert torch.equal(parts[1], whole[1])
+    torch.testing.assert_close(parts[0], whole[0])
+    seen.clear()
+    _in_chunks(points, points[:5], 3)
+    assert max(seen) <= 700 // ((3 + novelty.TIES) * DIM)  # a small bank: the neighbours count
 
 
 # ---------------------------------------------------------------- Gaussians
