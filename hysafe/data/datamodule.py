@@ -23,6 +23,7 @@ from hysafe.data.images import decode, to_pixels
 from hysafe.data.joined import join_texts
 from hysafe.data.label_map import permissive_sets
 from hysafe.data.leaves import LeafSpace
+from hysafe.data.posts import digest, read_posts, was_read
 from hysafe.data.rendered import render_text_pictures
 from hysafe.data.screens import screen_texts
 from hysafe.data.sources import data_root, image_bytes, iter_samples, load_rows
@@ -52,6 +53,7 @@ TEXT_WEIGHTS = {
     "joined": 0.05,
     "everyday": 0.08,
     "screens": 0.08,
+    "posts": 0.35,
 }
 
 
@@ -156,6 +158,10 @@ class EmbedData(L.LightningDataModule):
             (:func:`~hysafe.data.everyday.everyday_texts`).
         screens: number of texts among the rows of a screen or sign
             (:func:`~hysafe.data.screens.screen_texts`).
+        posts: read posts of public sets as readers judged them (:func:`~hysafe.data.posts.read_posts`)
+            instead of as their own labels have them.
+        risky_posts: how much more often a risky post is drawn than a harmless one; of those that
+            were read one in six is risky.
         with_mates: a contrast sentence is always drawn with the other side of its pair.
         limit: at most this many pictures and texts of each source (quick runs).
         seed: of sampling and rendering.
@@ -181,13 +187,15 @@ class EmbedData(L.LightningDataModule):
         everyday: int = 0,
         batch_weights: dict[str, float] | None = None,
         screens: int = 0,
+        posts: bool = False,
+        risky_posts: float = 1.0,
     ) -> None:
         super().__init__()
         self.batch_weights = batch_weights or {}
         self.data_dir, self.image_size = data_dir, image_size
         self.image_batch, self.text_batch = image_batch, text_batch
         self.joined, self.everyday, self.screens = joined, everyday, screens
-        self.with_mates = with_mates
+        self.with_mates, self.posts, self.risky_posts = with_mates, posts, risky_posts
         self.pictures, self.rendered, self.limit, self.seed = pictures, rendered, limit, seed
         self.text_sets = list(permissive_sets()) if text_sets is None else text_sets
         self.text_weights = text_weights or TEXT_WEIGHTS
@@ -213,6 +221,8 @@ class EmbedData(L.LightningDataModule):
                 "contrast" if s.pair else "functional" if s.extra["functionality"] else "background"
             )
             train[kind].append(s)
+        if self.risky_posts <= 0:
+            raise ConfigError(f"risky_posts {self.risky_posts}: it is greater than 0. Correct it.")
         batches = {_batch(s) for own in train.values() for s in own}
         unknown = sorted(set(self.batch_weights) - batches)
         if unknown or any(w <= 0 for w in self.batch_weights.values()):
@@ -228,13 +238,14 @@ class EmbedData(L.LightningDataModule):
             for i, phrase in enumerate(n.phrases)
         ]  # fmt: skip
         self.held_out_texts: list[Sample] = []
+        posts = read_posts("train", self.data_dir) if self.posts else []
+        read = was_read() if self.posts else frozenset()
         for name in self.text_sets:
             path = data_root(self.data_dir) / "text" / f"{name}.jsonl"
-            kept: list[Sample] = []
-            for s in iter_samples(str(path), "hysafe_text"):
-                held = _share(f"{name}/{s.text}") < HELD_OUT_SHARE
-                (self.held_out_texts if held else kept).append(s)
-            train[name] = kept[: self.limit]
+            own = iter_samples(str(path), "hysafe_text")
+            train[name] = self._kept(name, [s for s in own if digest(str(s.text)) not in read])
+        if self.posts:
+            train["posts"] = self._kept("posts", posts)
         if self.limit:
             train = {k: v[: self.limit] for k, v in train.items()}
         whole = [s for v in train.values() for s in v]
@@ -253,11 +264,23 @@ class EmbedData(L.LightningDataModule):
         share.update({k: self.text_weights.get("other", 0.0) / max(1, len(others)) for k in others})
         weights: list[float] = []
         for kind, samples in train.items():
-            factors = [self.batch_weights.get(_batch(s), 1.0) for s in samples]
+            factors = [self._factor(s) for s in samples]
             weights += [share[kind] * factor / sum(factors) for factor in factors]
         self.draw_weights = torch.tensor(weights, dtype=torch.double)
         self.mates = _mates(self.train_texts.samples) if self.with_mates else None
         self.validation_texts = core_set("validation")[: self.limit]
+
+    def _factor(self, sample: Sample) -> float:
+        """How much more often than others of its source a text is drawn."""
+        if sample.source == "posts":
+            return 1.0 if sample.safe else self.risky_posts
+        return self.batch_weights.get(_batch(sample), 1.0)
+
+    def _kept(self, name: str, samples: list[Sample]) -> list[Sample]:
+        """The samples to train on; the others join `held_out_texts`."""
+        held = [_share(f"{name}/{s.text}") < HELD_OUT_SHARE for s in samples]
+        self.held_out_texts += [s for s, out in zip(samples, held, strict=True) if out]
+        return [s for s, out in zip(samples, held, strict=True) if not out][: self.limit]
 
     def _read_pictures(self) -> None:
         size, rng = self.image_size, random.Random(self.seed)
@@ -331,7 +354,9 @@ class EmbedData(L.LightningDataModule):
     def _drawn_pictures(self, rng: random.Random) -> list[tuple[str, str, np.ndarray]]:
         """Rendered text, and emoji on plain backgrounds."""
         texts = [
-            str(s.text) for s in self.train_texts.samples if s.source not in ("everyday", "screens")
+            str(s.text)
+            for s in self.train_texts.samples
+            if s.source not in ("everyday", "screens", "posts")
         ]
         chosen = [rng.choice(texts) for _ in range(self.rendered)]
         made = [
