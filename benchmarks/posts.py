@@ -24,9 +24,7 @@ from torch.nn import functional as F
 from hysafe.app.card import _untrained_lift
 from hysafe.app.pipeline import load
 from hysafe.data.contrast import core_set
-from hysafe.data.label_map import SAFE
-from hysafe.data.posts import digest, read_posts
-from hysafe.data.sources import data_root, load_rows
+from hysafe.data.posts import find_posts, read_posts
 from hysafe.evaluate.metrics import detection
 from hysafe.types import Sample
 
@@ -42,7 +40,7 @@ def main() -> None:
     a = parser.parse_args()
     posts = unseen(a.data) if a.unseen else read_posts("test", a.data)
     unsafe = _unsafe(posts)
-    sets = [str(s.extra["set"]) for s in posts]
+    sets = [str(s.extra["set"]).removesuffix("_toxic").removesuffix("_nontoxic") for s in posts]
     masks = {name: torch.tensor([s == name for s in sets]) for name in sorted(set(sets))}
     masks["all"] = torch.ones(len(posts), dtype=torch.bool)
 
@@ -78,18 +76,7 @@ def main() -> None:
 def unseen(data: str | None) -> list[Sample]:
     """Texts of other sets with the readings of `READINGS`."""
     with READINGS.open(encoding="utf-8", newline="") as lines:
-        nodes = {(row["set"], row["sha256"]): row["node"] for row in csv.DictReader(lines)}
-    samples = []
-    for name in sorted({name for name, _ in nodes}):
-        for row in load_rows(str(data_root(data) / "text" / f"{name}.jsonl")):
-            node = nodes.pop((name, digest(row["text"])), None)
-            if node is not None:
-                where = node or SAFE
-                samples.append(
-                    Sample(str(len(samples)), "unseen", row["text"], None, (where,), where == SAFE, None,
-                           {"set": name.removesuffix("_toxic").removesuffix("_nontoxic")})
-                )  # fmt: skip
-    return samples
+        return find_posts(csv.DictReader(lines), data)
 
 
 def _unsafe(samples: list[Sample]) -> Tensor:

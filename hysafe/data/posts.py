@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import resources
 
@@ -17,7 +18,7 @@ from hysafe.data.sources import data_root, load_rows
 from hysafe.errors import ConfigError, InputError
 from hysafe.types import Sample
 
-__all__ = ["POST_SPLITS", "digest", "read_posts", "was_read"]
+__all__ = ["POST_SPLITS", "digest", "find_posts", "read_posts", "was_read"]
 
 POST_SPLITS = ("train", "test")
 DIGITS = 16
@@ -40,9 +41,23 @@ def read_posts(split: str, data_dir: str | None = None) -> list[Sample]:
     """
     if split not in POST_SPLITS:
         raise ConfigError(f"split {split!r}: known are {', '.join(POST_SPLITS)}.")
+    return find_posts((row for row in _readings() if row["split"] == split), data_dir)
+
+
+def find_posts(readings: Iterable[Mapping[str, str]], data_dir: str | None = None) -> list[Sample]:
+    """The texts of some readings, without the unclear ones; the name of its set is in a post's `extra`.
+
+    Args:
+        readings: rows with ``set``, ``sha256`` (:func:`digest` of the text) and ``node``.
+        data_dir: development data (``text/``); HYSAFE_DATA when None.
+
+    Raises:
+        ConfigError: no data folder.
+        InputError: a set that was read is not there.
+    """
     by_set: dict[str, dict[str, str]] = {}
-    for row in _readings():
-        if row["split"] == split and row["node"] != UNCLEAR:
+    for row in readings:
+        if row["node"] != UNCLEAR:
             by_set.setdefault(row["set"], {})[row["sha256"]] = row["node"]
     samples: list[Sample] = []
     for name, nodes in by_set.items():
@@ -59,7 +74,7 @@ def read_posts(split: str, data_dir: str | None = None) -> list[Sample]:
             where = node or SAFE
             samples.append(
                 Sample(f"post-{key}", "posts", row["text"], None, (where,), where == SAFE, None,
-                       {"set": name, "split": split})
+                       {"set": name})
             )  # fmt: skip
     return samples
 
