@@ -49,7 +49,7 @@ FORMAT = 2
 # Points up to which a search is exact where nobody says how.
 EXACT_UP_TO = 2_000_000
 # Share of the points that an approximate search reads, and at least so many for each item wanted.
-PROBED_SHARE, PROBED_LEAST, PROBED_PER_ITEM = 0.06, 10_000, 100
+PROBED_SHARE, PROBED_LEAST, PROBED_PER_ITEM = 0.05, 10_000, 100
 # Queries at once, exact and approximate, and scores of one product: 1 MiB, which stays in the cache.
 QUERY_BLOCK, PROBE_BLOCK = 128, 256
 SCORES, MOST_ROWS = 1 << 18, 16384
@@ -69,6 +69,8 @@ WRITE_BLOCK = 65536
 LEAST = np.finfo(np.float32).min
 # What a distance made of a float32 product may be above the true one: near 0 it has half the digits.
 TOLERANCE = 2e-3
+# More than float32 may lose in a distance, and of a cosh relatively.
+ROUNDED = 2e-5
 # cosh of a radius up to which it is taken from the space components.
 NEAR = 1.5
 
@@ -502,14 +504,38 @@ class PointIndex:
             best.add(score[:, None], places, np.array([j]))
             for n in numbers[first:].tolist():
                 members.setdefault(n, []).append(j)
+        # the limits known by now leave little of the other cells; distances are worked out of that alone
+        gate = best.limit[None].repeat(len(sizes), 0)
+        if discount is not None:
+            gate = self._gate(cells, discount, best.limit)
+        starts = cells.starts.tolist()
         for n, asking in sorted(members.items()):
-            low, high = cells.starts[n : n + 2].tolist()
+            low, high = starts[n : n + 2]
             score = self.matrix[low:high] @ query[asking].T
+            point, column = np.divmod(np.flatnonzero(score >= gate[n, asking]), len(asking))
+            if not len(point):
+                continue
+            value, place = score[point, column], point + low
             if discount is not None:
-                _nearness(score, self.c, discount[low:high])
+                _nearness(value, self.c, discount[place, 0])
             if allowed is not None:
-                score[~allowed[low:high]] = -np.inf
-            best.add(score, low, np.array(asking))
+                value[~allowed[place]] = -np.inf
+            best.add_pairs(value, place, np.array(asking)[column])
+
+    def _gate(self, cells: Cells, discount: np.ndarray, limit: np.ndarray) -> np.ndarray:
+        """The least product [K, Q] of a point of each cell whose nearness can reach the limits [Q].
+
+        At a distance d, less a discount of a at most, all times the root of c, a limit b needs cosh d
+        to be at most cosh(a - b). Rounding lets more points through, never fewer.
+        """
+        sizes = np.diff(cells.starts)
+        most = np.zeros(len(sizes))
+        filled = np.flatnonzero(sizes)
+        most[filled] = np.maximum.reduceat(discount[:, 0], cells.starts[filled])
+        with np.errstate(over="ignore"):  # no limit yet: everything passes
+            least = np.cosh(most[:, None] - limit.astype(np.float64) + ROUNDED)
+            least *= -(1 + ROUNDED) / self.c
+            return np.asarray(least.astype(np.float32))
 
     def _bounding(self, tangents: torch.Tensor) -> np.ndarray:
         """Queries [Q, D + 1] whose float32 product with the matrix is never below the true one."""
@@ -617,8 +643,8 @@ class _Shortlist:
 
     def __init__(self, queries: int, size: int) -> None:
         self.size = size
-        # a score below is of no use; minus infinity (not allowed) never is
-        self._limit = np.full(queries, LEAST, dtype=np.float32)
+        # [Q]: a score below is of no use; minus infinity (not allowed) never is
+        self.limit = np.full(queries, LEAST, dtype=np.float32)
         self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._pending = 0
 
@@ -631,17 +657,25 @@ class _Shortlist:
             score: float32 [n, q]. places: of the points [n], or of the first of a row of them.
             queries: numbers of the queries [q]; None for all.
         """
-        limit = self._limit if queries is None else self._limit[queries]
+        limit = self.limit if queries is None else self.limit[queries]
         rank = len(score) - self.size
         if rank > 0 and (limit == LEAST).any():  # these points are enough for a limit
             limit = np.maximum(limit, np.partition(score, rank, axis=0)[rank])
-            self._limit[slice(None) if queries is None else queries] = limit
+            self.limit[slice(None) if queries is None else queries] = limit
         point, query = _at_least(score, limit)
         value = score[point, query]
         point = point + places if isinstance(places, int) else places[point]
         self._parts.append((query if queries is None else queries[query], value, point))
         self._pending += len(point)
-        if self._pending > PENDING * self.size * len(self._limit):
+        if self._pending > PENDING * self.size * len(self.limit):
+            self._thin()
+
+    def add_pairs(self, score: np.ndarray, place: np.ndarray, query: np.ndarray) -> None:
+        """Single points, each for one query: all [n]."""
+        better = score >= self.limit[query]
+        self._parts.append((query[better], score[better], place[better]))
+        self._pending += int(np.count_nonzero(better))
+        if self._pending > PENDING * self.size * len(self.limit):
             self._thin()
 
     def sorted(self) -> tuple[np.ndarray, np.ndarray]:
@@ -649,7 +683,7 @@ class _Shortlist:
         self._thin()
         ((query, score, place),) = self._parts
         rank = np.arange(len(query)) - np.searchsorted(query, query)
-        best = np.full((len(self._limit), self.size), -np.inf)
+        best = np.full((len(self.limit), self.size), -np.inf)
         index = np.zeros(best.shape, dtype=np.int64)
         best[query, rank], index[query, rank] = score, place
         return best, index
@@ -660,7 +694,7 @@ class _Shortlist:
         query, score, place = query[order], score[order], place[order]
         rank = np.arange(len(query)) - np.searchsorted(query, query)
         last = rank == self.size - 1
-        self._limit[query[last]] = score[last]
+        self.limit[query[last]] = score[last]
         keep = rank < self.size
         self._parts = [(query[keep], score[keep], place[keep])]
         self._pending = int(np.count_nonzero(keep))

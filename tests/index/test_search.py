@@ -340,6 +340,29 @@ def test_approximate_search_finds_most_and_measures_exactly(tmp_path: Path, geom
         assert len({h.row for h in hits}) == 5
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("radius", [1e-3, 2.0, 11.0])
+@pytest.mark.parametrize("geometry", ["lorentz", "euclidean"])
+def test_reading_every_cell_for_many_queries_is_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, geometry: str, radius: float, share: float
+) -> None:
+    # each query takes its limit from its first cell; what the other cells hold must not be lost by it
+    monkeypatch.setattr(search_module, "PROBED_SHARE", 1.0)
+    monkeypatch.setattr(search_module, "SHORTLIST_LEAST", 4)
+    rows = sample(500, radius=radius)
+    collection = collection_of(tmp_path, rows, replace(META, geometry=geometry))
+    index = collection.index
+    near = np.concatenate([r.vector[None] for r in rows[:60] if r.vector is not None])
+    near[::2] *= -0.7  # half of them far from everything
+    query = collection.points(near)
+    allowed = np.arange(0, 500, 3)
+    wanted = index.search(query, 5, radius_share=share)
+    some = index.search(query, 5, radius_share=share, rows=allowed)
+    index.group(collection)
+    assert index.search(query, 5, radius_share=share, approximate=True) == wanted
+    assert index.search(query, 5, radius_share=share, rows=allowed, approximate=True) == some
+
+
 @pytest.mark.usefixtures("small_probes")
 def test_approximate_search_reads_until_enough_allowed_points_are_seen(tmp_path: Path) -> None:
     rows = sample(400)
