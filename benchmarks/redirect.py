@@ -4,7 +4,8 @@
 test split and one half of Tiny-ImageNet's ``val.parquet``, and asks it with the other halves. Truth
 is the label of the item, not the rating that the model gave it. Pairs are split whole.
 
-``--split validation`` takes that split of the contrast set and the training pictures that were held out.
+``--split validation`` takes that split of the contrast set and the training pictures that were held out. With
+``--each`` every risky picture asks, and all pictures but itself may answer; nothing else is measured.
 
 - Risky texts and pictures: share of queries whose best answer is safe, by plain search and redirected.
 - Safe queries (``a photo of a CLASS`` and pictures of harmless classes): share that have a picture of
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--at-most", type=float, nargs="+", default=[None], metavar="P",
                         help="p_unsafe of answers to a query of more risk; a line for each")  # fmt: skip
+    parser.add_argument("--each", action="store_true", help="every risky picture asks, among all others")
     a = parser.parse_args()
     model = load(a.model)
     texts = [s for s in contrast_set(a.split) if not s.extra["form"]]
@@ -55,8 +57,11 @@ def main() -> None:
     ][: a.limit]
     with tempfile.TemporaryDirectory() as folder:
         collection, label = build(
-            Path(folder), model, [s for s in texts if not _asks(s)], pictures[::2]
+            Path(folder), model, [s for s in texts if not _asks(s)], pictures[:: 1 if a.each else 2]
         )
+        if a.each:
+            _each(collection, label, model, pictures, a.at_most)
+            return
         asked = [s for s in texts if _asks(s) and not s.safe]
         print(
             "| queries | n | plain search | by distance alone | redirected |\n|---|---|---|---|---|"
@@ -135,6 +140,27 @@ def build(
             found = texts[int(name.rsplit("#", 1)[1]) - 1]  # lines are counted from 1
             label[name] = {"safe": found.safe, "name": None}
     return collection, label
+
+
+def _each(
+    collection: Collection,
+    label: dict[str, dict[str, Any]],
+    model: SafetyModel,
+    pictures: list[Sample],
+    bounds: list[float | None],
+) -> None:
+    """How often the best answer to a risky picture, itself left out, is safe."""
+    risky = [i for i, p in enumerate(pictures) if not p.safe]
+    queries = _images(model, [pictures[i] for i in risky])
+    for bound in bounds:
+        moved = redirect_queries(collection, model, queries, channel="image", k=2, at_most=bound)
+        found = [
+            [f.item.id for f in r.found if Path(f.item.id).stem != f"{i:05d}"]
+            for i, r in zip(risky, moved, strict=True)
+        ]
+        safe = sum(bool(ids) and label[ids[0]]["safe"] for ids in found)
+        at = "in use" if bound is None else f"{bound:g}"
+        print(f"best answer is safe, --at-most {at}: {safe} of {len(risky)} risky pictures", flush=True)
 
 
 def _asks(sample: Sample) -> bool:
