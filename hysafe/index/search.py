@@ -462,7 +462,7 @@ class PointIndex:
             return
         for low in range(0, len(self), size):
             block = self.matrix[low : low + size]
-            score = np.matmul(block, weight, out=memory[: len(block)])
+            score = _product(block, weight, memory[: len(block)])
             if discount is not None:
                 _nearness(score, self.c, discount[low : low + size])
             if allowed is not None:
@@ -625,6 +625,16 @@ def _radii(matrix: np.ndarray, c: float) -> np.ndarray:
     space = np.linalg.norm(matrix[near, :-1].astype(np.float64), axis=1)
     radius[near] = np.arcsinh(space * math.sqrt(c))
     return radius.astype(np.float32)[:, None]
+
+
+def _product(block: np.ndarray, weight: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Rows [n, D + 1] times columns [D + 1, Q], into `out`; for one column torch's is a fifth faster."""
+    if weight.shape[1] > 1:
+        return np.matmul(block, weight, out=out)
+    torch.mv(
+        torch.from_numpy(block), torch.from_numpy(weight[:, 0]), out=torch.from_numpy(out[:, 0])
+    )
+    return out
 
 
 def _nearness(product: np.ndarray, c: float, discount: np.ndarray) -> None:
