@@ -429,12 +429,19 @@ def _print_summary(summary: ScanSummary, seconds: float, report: bool, taxonomy:
             name = taxonomy[node].name if node in taxonomy else ""
             top.add_row(node, name, str(count))
         console.print(top)
+    if summary.errors:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in summary.errors.most_common())
+        console.print(f"errors: {kinds}. Which items and why: `error` in results.jsonl.")
     if summary.asked:
         console.print(
             f"{summary.asked} novel items reached the guard, {summary.named} have a name by it."
         )
     if summary.known:
-        console.print(f"{summary.known} of them were known: their content was encoded before.")
+        console.print(
+            f"{summary.known} of them were encoded once for all items of the same content, or before."
+        )
+    if not summary.items:
+        print("hysafe: nothing was there to judge. Are the paths right?", file=sys.stderr)
     if summary.skipped:
         console.print(f"{summary.skipped} files were neither pictures nor texts and were left out.")
     shown = "results.jsonl, items.lance" + (", report.html" if report else "")
@@ -447,6 +454,10 @@ def _taxonomy(arguments: argparse.Namespace) -> int:
     taxonomy = load_taxonomy(arguments.taxonomy)
     policy = Policy.load(arguments.policy) if arguments.policy else Policy()
     view = policy.apply(taxonomy)
+    if any(rule.examples for rule in policy.rules.values()):
+        from hysafe.app.pipeline import check_examples
+
+        check_examples(policy)
     if arguments.node is None:
         print(f"{view.taxonomy!r}  hash {view.taxonomy.hash}  policy {policy.name} {policy.hash}")
         for node in view.taxonomy:

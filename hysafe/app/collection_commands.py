@@ -274,6 +274,12 @@ def _search(arguments: argparse.Namespace) -> int:
         raise ConfigError("search: give one of TEXT, --image, --like and --node.")
     if arguments.node is not None and arguments.approximate:
         raise ConfigError("search: --node compares all items. Leave out --approximate.")
+    if arguments.k is not None and arguments.k < 1:
+        raise ConfigError(f"search: k is {arguments.k}. Ask for at least 1 item.")
+    if arguments.radius_share is not None and not 0 <= arguments.radius_share <= 1:
+        raise ConfigError(
+            f"search: radius_share is {arguments.radius_share}. Give a number in [0, 1]."
+        )
     policy = _policy(arguments)
     from hysafe.app.cli import _progress
     from hysafe.app.search import search, search_json, write_found
@@ -394,12 +400,17 @@ def _print_rescore(
                 words = (
                     c.result.id if c.item.modality != "text" else f"{c.result.id}: {c.item.text}"
                 )
-                shown.add_row(Text(_short(words)), c.before, c.result.rating,
+                shown.add_row(Text(_short(words)), _rated(c.before, c.p_before),
+                              _rated(c.result.rating, c.result.p_unsafe),
                               _scored(c.node_before, c.score_before, taxonomy),
                               _scored(c.node, c.score, taxonomy))  # fmt: skip
             console.print(shown)
     console.print(f"{done.out}/: version {summary.version} of items.lance, results.jsonl",
                   highlight=False)  # fmt: skip
+
+
+def _rated(rating: str, p_unsafe: float | None) -> str:
+    return rating if p_unsafe is None else f"{rating} {p_unsafe:.2f}"
 
 
 def _scored(node: str | None, score: float | None, taxonomy: Any) -> Any:
@@ -414,6 +425,8 @@ def _scored(node: str | None, score: float | None, taxonomy: Any) -> Any:
 def _redirect(arguments: argparse.Namespace) -> int:
     if (arguments.text is None) == (arguments.image is None):
         raise ConfigError("redirect: give one of TEXT and --image.")
+    if arguments.k < 1:
+        raise ConfigError(f"redirect: k is {arguments.k}. Ask for at least 1 item.")
     policy = _policy(arguments)
     from hysafe.app.redirect import redirect_queries
     from hysafe.app.search import encode_query, search_line, write_found

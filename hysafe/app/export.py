@@ -111,6 +111,11 @@ def _numbered(path: Path) -> list[tuple[int, Decision]]:
         if line.strip():
             try:
                 decisions.append((number, _decision(json.loads(line), now)))
+            except json.JSONDecodeError as error:
+                raise InputError(
+                    f"{path}, line {number}: no JSON ({error.msg} at character {error.pos + 1}). Give one "
+                    "object a line."
+                ) from error
             except ValueError as error:
                 raise InputError(f"{path}, line {number}: {error}") from error
     return decisions

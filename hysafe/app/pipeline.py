@@ -40,7 +40,7 @@ from hysafe.types import ErrorRecord, Hashes, Item, NodeScore, NoveltyScores, Ra
 
 __all__ = [
     *("Channel", "Judgement", "SafetyModel", "ScanOptions", "Scored"),
-    *("ahead", "load", "rounded", "text_pictures"),
+    *("ahead", "check_examples", "load", "rounded", "text_pictures"),
 ]
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,8 @@ TOO_LONG: tuple[Rating, str] = ("review", "too long to read whole")
 TEXT_READ: tuple[Rating, str] = ("safe", "a picture of text, judged by what it says")
 TEXT_UNREAD: tuple[Rating, str] = ("review", "a picture of text that was not read (OCR is off)")
 NOT_JUDGED = ErrorRecord("InputError", "nothing to judge: no picture, no text")
+# Side to which an example picture is shrunk where it is only checked.
+CHECKED_SIZE = 64
 # Vectors scored at once: what belongs to them stays in a near cache.
 SCORE_ROWS = 512
 # A batch takes so many times as many texts as pictures: more of them are of like length. It also
@@ -989,6 +991,19 @@ def _image_item(index: int, image: Any) -> Item:
         record = ErrorRecord("InputError", f"{name}: cannot be read ({error}).")
         return Item(name, name, "image", error=record)
     return Item(name, name, "image", image=data, content_hash=content_hash(data, None))
+
+
+def check_examples(policy: Policy) -> None:
+    """Read the example pictures of a policy, as judging by it will.
+
+    Raises:
+        ConfigError: one cannot be read or decoded, or is not the one it was.
+    """
+    for node, rule in policy.rules.items():
+        for example in rule.examples:
+            _read_example(
+                example, f"{policy.origin}: node {node}: example {example.file}", CHECKED_SIZE
+            )
 
 
 def _read_example(example: Example, where: str, size: int) -> np.ndarray:

@@ -35,7 +35,7 @@ from hysafe.app.stored import judge_items, read_media, view_of
 from hysafe.data.remote import make_out
 from hysafe.errors import CollectionError, InputError
 from hysafe.index import Collection, CollectionMeta, CollectionWriter, Decision, EncodedItem, Row
-from hysafe.index.collection import ENCODED, decode_rows
+from hysafe.index.collection import ENCODED, TABLE, decode_rows
 from hysafe.taxonomy import Policy, PolicyView, Taxonomy
 from hysafe.types import Result
 
@@ -85,12 +85,25 @@ class Change:
     def score_before(self) -> float | None:
         """Score of the node that came first before, as the old results give it."""
         try:
-            old = json.loads(self.line)
-            first = old["paths"][0]
-        except (ValueError, KeyError, IndexError, TypeError):
+            first = self._old["paths"][0]
+            return float(first["score"]) if first["node"] == self.node_before else None
+        except (KeyError, IndexError, TypeError):
             return None
-        same = (old["id"], first["node"]) == (self.result.id, self.node_before)
-        return float(first["score"]) if same else None
+
+    @property
+    def p_before(self) -> float | None:
+        """p_unsafe before, as the old results give it."""
+        value = self._old.get("p_unsafe")
+        return float(value) if isinstance(value, int | float) else None
+
+    @property
+    def _old(self) -> dict[str, Any]:
+        """The old line of this item; {} where there is none."""
+        try:
+            old = json.loads(self.line)
+            return dict(old) if old["id"] == self.result.id else {}
+        except (ValueError, KeyError, TypeError):
+            return {}
 
 
 @dataclass
@@ -193,6 +206,12 @@ def rescore(
     model.place(view)
     target = collection.folder if out is None else Path(out)
     make_out(target)
+    # of a rescore that was killed there may be a lock and a part of the results
+    other = [p.name for p in target.iterdir() if not p.name.startswith((".", RESULTS))]
+    if other and not (target / f"{TABLE}.lance").exists():
+        raise InputError(
+            f"--out {target}: holds other files ({sorted(other)[0]}) and is no collection. Name a new folder."
+        )
     if report is None:
         report = (collection.folder / REPORT).is_file()
     with lock(target):
@@ -455,7 +474,8 @@ def write_diff(path: Path, diff: Diff, collection: Collection, view: PolicyView)
         return card_of(
             change.result,
             taxonomy,
-            lead=f"was {change.before}",
+            lead=f"was {change.before}"
+            + ("" if change.p_before is None else f" {change.p_before:.2f}"),
             text=change.item.text or change.item.read_text,
             image=seen.image if seen else None,
             lines=[
@@ -487,6 +507,8 @@ def diff_line(change: Change, kind: str) -> dict[str, Any]:
         "source": change.result.source,
         "rating_before": change.before,
         "rating": change.result.rating,
+        "p_unsafe_before": change.p_before,
+        "p_unsafe": change.result.p_unsafe,
         "node_before": change.node_before,
         "score_before": change.score_before,
         "node": change.node,

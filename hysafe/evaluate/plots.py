@@ -47,9 +47,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError(
-            "plots are left out: they need matplotlib, pip install 'hysafe[plots]'"
-        ) from error
+        raise MissingExtraError("plots need matplotlib: pip install 'hysafe[plots]'") from error
 
 
 def plot_reliability(path: Path, panels: Mapping[str, Mapping[str, Reliability]]) -> list[Path]:

@@ -62,6 +62,30 @@ def test_scan_from_the_command_line(
     assert len(rows) == 3
     assert [r["error"] is None for r in rows] == [True, False, True]
     assert "3 items" in shown
+    assert "errors: 1 JSONDecodeError. Which items and why: `error` in results.jsonl." in " ".join(
+        shown.split()
+    )
+
+
+def test_a_scan_of_nothing_says_so(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_folder: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    code, _, err = run(
+        capsys, "scan", str(tmp_path / "empty"), "--out", str(tmp_path / "out"), "--model",
+        str(tiny_folder), "--no-ocr", "--workers", "0",
+    )  # fmt: skip
+    assert code == 0
+    assert "nothing was there to judge" in err
+
+
+@pytest.mark.parametrize("command", [("search", "x", "words"), ("redirect", "x", "words")])
+def test_a_count_of_nothing_is_refused_before_the_collection_is_opened(
+    capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+) -> None:
+    code, _, err = run(capsys, *command, "-k", "0")
+    assert code == 2
+    assert "k is 0" in err
 
 
 def test_taxonomy_prints_a_node(capsys: pytest.CaptureFixture[str]) -> None:

@@ -380,6 +380,20 @@ def test_rescore_from_the_command_line(
     assert "items in" in shown
     assert "newly unsafe" in shown
     assert Path(page).is_file()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.png").write_bytes(png((1, 2, 3)))
+    assert main(["rescore", one, "--out", str(tmp_path / "photos")]) == 2
+    assert "holds other files (a.png) and is no collection" in capsys.readouterr().err
+    assert main(["rescore", one, "--policy", str(policy), "--json", "--out", two]) == 0
+    changed = [json.loads(line) for line in capsys.readouterr().out.splitlines()[1:]]
+    was = {r["id"]: r for r in map(json.loads, (tmp_path / "one/results.jsonl").open())}
+    now = {r["id"]: r for r in map(json.loads, (tmp_path / "two/results.jsonl").open())}
+    assert changed
+    for c in changed:
+        assert (c["p_unsafe_before"], c["p_unsafe"]) == (
+            was[c["id"]]["p_unsafe"],
+            now[c["id"]]["p_unsafe"],
+        )
     assert main(["rescore", two, "--json"]) == 0
     assert "counts" in json.loads(capsys.readouterr().out.splitlines()[0])
     lines = (tmp_path / "two/results.jsonl").read_text()
@@ -538,6 +552,7 @@ def test_an_example_that_cannot_be_used_stops_a_rescore_before_any_work(
     harm(tmp_path / "0.png")
     if problem.startswith("no picture"):  # read when it was broken already
         policy = Policy.load(tmp_path / "shown.yaml")
+        assert main(["taxonomy", "--policy", str(tmp_path / "shown.yaml")]) == 2
     with pytest.raises(ConfigError) as caught:
         rescore(Collection.open(small_scan), model, policy, out=tmp_path / "out")
     where = f"{tmp_path / 'shown.yaml'}: node x.1: example {tmp_path / '0.png'}: "
