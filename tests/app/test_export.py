@@ -157,10 +157,7 @@ def test_the_latest_decision_counts_and_none_is_doubled(
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        (
-            "{",
-            "line 2: no JSON (Expecting property name enclosed in double quotes at character 2). Give one",
-        ),
+        ("{", "line 2: no JSON .*Give one object a line"),
         ("[]", "line 2: expected an object"),
         (json.dumps(decision(rating="maybe")), "line 2: rating is 'maybe'"),
         (json.dumps(decision(author="")), "line 2: `author` is missing"),
