@@ -438,7 +438,8 @@ def _print_summary(summary: ScanSummary, seconds: float, report: bool, taxonomy:
         )
     if summary.known:
         console.print(
-            f"{summary.known} of them were encoded once for all items of the same content, or before."
+            f"{summary.known} of them have the content of another item, or of an earlier scan, and were not "
+            "encoded again."
         )
     if not summary.items:
         print("hysafe: nothing was there to judge. Are the paths right?", file=sys.stderr)

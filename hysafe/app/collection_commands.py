@@ -55,7 +55,7 @@ def add_commands(commands: Any) -> None:
                      "two million points, once `hysafe index` has been run)")  # fmt: skip
     how.add_argument("--exact", action="store_false", dest="approximate",
                      help="compare with every item")  # fmt: skip
-    search.add_argument("--radius-share", type=float, metavar="S",
+    search.add_argument("--radius-share", type=_part, metavar="S",
                         help="order by the distance less S times the item's radius (default: 0.75; 0: "
                         "by the distance alone)")  # fmt: skip
     _add_judging(search)
@@ -238,8 +238,28 @@ def _keys(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} are no numbers like 1,3") from error
 
 
+def _count(text: str) -> int:
+    """A whole number of at least 1."""
+    try:
+        if (count := int(text)) >= 1:
+            return count
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+
+
+def _part(text: str) -> float:
+    """A number in [0, 1]."""
+    try:
+        if 0 <= (part := float(text)) <= 1:
+            return part
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no number in [0, 1]")
+
+
 def _add_listing(parser: argparse.ArgumentParser, k: int | None, said: str) -> None:
-    parser.add_argument("-k", type=int, default=k, metavar="N",
+    parser.add_argument("-k", type=_count, default=k, metavar="N",
                         help=f"items at most (default: {said})")  # fmt: skip
     parser.add_argument("--html", type=Path, metavar="OUT", help="also write a page with pictures")
     parser.add_argument("--json", action="store_true", help="print JSON lines")
@@ -274,12 +294,6 @@ def _search(arguments: argparse.Namespace) -> int:
         raise ConfigError("search: give one of TEXT, --image, --like and --node.")
     if arguments.node is not None and arguments.approximate:
         raise ConfigError("search: --node compares all items. Leave out --approximate.")
-    if arguments.k is not None and arguments.k < 1:
-        raise ConfigError(f"search: k is {arguments.k}. Ask for at least 1 item.")
-    if arguments.radius_share is not None and not 0 <= arguments.radius_share <= 1:
-        raise ConfigError(
-            f"search: radius_share is {arguments.radius_share}. Give a number in [0, 1]."
-        )
     policy = _policy(arguments)
     from hysafe.app.cli import _progress
     from hysafe.app.search import search, search_json, write_found
@@ -425,8 +439,6 @@ def _scored(node: str | None, score: float | None, taxonomy: Any) -> Any:
 def _redirect(arguments: argparse.Namespace) -> int:
     if (arguments.text is None) == (arguments.image is None):
         raise ConfigError("redirect: give one of TEXT and --image.")
-    if arguments.k < 1:
-        raise ConfigError(f"redirect: k is {arguments.k}. Ask for at least 1 item.")
     policy = _policy(arguments)
     from hysafe.app.redirect import redirect_queries
     from hysafe.app.search import encode_query, search_line, write_found

@@ -332,8 +332,7 @@ class SafetyModel:
             for example in rule.examples:
                 known = example.sha256 in self._examples or example.sha256 in pixels
                 if not known and not self._load_example(example.sha256):
-                    where = f"{policy.origin}: node {node}: example {example.file}"
-                    picture = _read_example(example, where, self.encoder.image_size)
+                    picture = _read_example(policy, node, example, self.encoder.image_size)
                     pixels[example.sha256] = picture
         for key, picture in pixels.items():  # one by one: the others of a batch play no part
             self._examples[key] = self._encode_pixels(torch.from_numpy(picture[None])).tangent()[0]
@@ -1001,13 +1000,12 @@ def check_examples(policy: Policy) -> None:
     """
     for node, rule in policy.rules.items():
         for example in rule.examples:
-            _read_example(
-                example, f"{policy.origin}: node {node}: example {example.file}", CHECKED_SIZE
-            )
+            _read_example(policy, node, example, CHECKED_SIZE)
 
 
-def _read_example(example: Example, where: str, size: int) -> np.ndarray:
-    """Pixels [3, size, size] of an example picture of a policy."""
+def _read_example(policy: Policy, node: str, example: Example, size: int) -> np.ndarray:
+    """Pixels [3, size, size] of an example picture that a policy gives for a node."""
+    where = f"{policy.origin}: node {node}: example {example.file}"
     try:
         data = Path(example.file).read_bytes()
         pixels = to_pixels(decode(data, size=size), size)

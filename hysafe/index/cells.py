@@ -67,19 +67,22 @@ class Cells:
         """
         # most cells are never reached, and need no order
         some = min(len(sizes), 1 + SORTED_FACTOR * round(len(sizes) * points / max(1, sizes.sum())))
-        order = np.argpartition(-score, some - 1, axis=1)[:, :some]
+        order = _best(score, some)
         if (sizes[order].sum(axis=1) < points).any():
-            order = np.argsort(-score, axis=1, kind="stable")
-        else:
-            order.sort(axis=1)  # of equal scores the lower number first
-            rank = np.argsort(-np.take_along_axis(score, order, 1), axis=1, kind="stable")
-            order = np.take_along_axis(order, rank, 1)
+            order = _best(score, len(sizes))
         reached = np.cumsum(sizes[order], axis=1)
         chosen = []
         for cells, total in zip(order, reached, strict=True):
             cells = cells[: np.searchsorted(total, points) + 1]
             chosen.append(cells[sizes[cells] > 0])
         return chosen
+
+
+def _best(score: np.ndarray, some: int) -> np.ndarray:
+    """Places [Q, some] of the highest scores [Q, K], highest first; of equal ones the lower place."""
+    places = np.sort(np.argpartition(-score, some - 1, axis=1)[:, :some], axis=1)
+    rank = np.argsort(-np.take_along_axis(score, places, 1), axis=1, kind="stable")
+    return np.take_along_axis(places, rank, 1)
 
 
 def cell_count(points: int) -> int:

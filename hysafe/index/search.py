@@ -504,10 +504,10 @@ class PointIndex:
             best.add(score[:, None], places, np.array([j]))
             for n in numbers[first:].tolist():
                 members.setdefault(n, []).append(j)
+        if not members:
+            return
         # the limits known by now leave little of the other cells; distances are worked out of that alone
-        gate = best.limit[None].repeat(len(sizes), 0)
-        if discount is not None:
-            gate = self._gate(cells, discount, best.limit)
+        gate = self._gate(cells, discount, best.limit)
         starts = cells.starts.tolist()
         for n, asking in sorted(members.items()):
             low, high = starts[n : n + 2]
@@ -522,13 +522,16 @@ class PointIndex:
                 value[~allowed[place]] = -np.inf
             best.add_pairs(value, place, np.array(asking)[column])
 
-    def _gate(self, cells: Cells, discount: np.ndarray, limit: np.ndarray) -> np.ndarray:
+    def _gate(self, cells: Cells, discount: np.ndarray | None, limit: np.ndarray) -> np.ndarray:
         """The least product [K, Q] of a point of each cell whose nearness can reach the limits [Q].
 
+        Without discounts nearness is the product itself.
         At a distance d, less a discount of a at most, all times the root of c, a limit b needs cosh d
         to be at most cosh(a - b). Rounding lets more points through, never fewer.
         """
         sizes = np.diff(cells.starts)
+        if discount is None:
+            return np.broadcast_to(limit, (len(sizes), len(limit)))
         most = np.zeros(len(sizes))
         filled = np.flatnonzero(sizes)
         most[filled] = np.maximum.reduceat(discount[:, 0], cells.starts[filled])

@@ -79,13 +79,20 @@ def test_a_scan_of_nothing_says_so(
     assert "nothing was there to judge" in err
 
 
-@pytest.mark.parametrize("command", [("search", "x", "words"), ("redirect", "x", "words")])
-def test_a_count_of_nothing_is_refused_before_the_collection_is_opened(
-    capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [
+        (("search", "x", "words", "-k", "0"), "'0' is no whole number of at least 1"),
+        (("redirect", "x", "words", "-k", "few"), "'few' is no whole number of at least 1"),
+        (("search", "x", "words", "--radius-share", "2"), "'2' is no number in [0, 1]"),
+    ],
+)
+def test_numbers_that_cannot_be_meant_are_refused_before_the_collection_is_opened(
+    capsys: pytest.CaptureFixture[str], command: tuple[str, ...], problem: str
 ) -> None:
-    code, _, err = run(capsys, *command, "-k", "0")
+    code, _, err = run(capsys, *command)
     assert code == 2
-    assert "k is 0" in err
+    assert problem in err
 
 
 def test_taxonomy_prints_a_node(capsys: pytest.CaptureFixture[str]) -> None:

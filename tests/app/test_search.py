@@ -296,7 +296,7 @@ def test_search_from_the_command_line(
     assert page.is_file()
     for arguments in (
         ["search", out], ["search", out, "x", "--node", "6.1"], ["search", out, "--like", "none"],
-        ["search", out, "x", "--where", "no such column"], ["search", out, "x", "-k", "0"],
+        ["search", out, "x", "--where", "no such column"],
         ["search", out, "x", "--radius-share", "2"],
     ):  # fmt: skip
         assert main(arguments) == 2
