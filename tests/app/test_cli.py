@@ -93,6 +93,7 @@ def test_numbers_that_cannot_be_meant_are_refused_before_the_collection_is_opene
     code, _, err = run(capsys, *command)
     assert code == 2
     assert problem in err
+    assert err.count("\n") == 1
 
 
 def test_taxonomy_prints_a_node(capsys: pytest.CaptureFixture[str]) -> None:

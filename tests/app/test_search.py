@@ -297,7 +297,6 @@ def test_search_from_the_command_line(
     for arguments in (
         ["search", out], ["search", out, "x", "--node", "6.1"], ["search", out, "--like", "none"],
         ["search", out, "x", "--where", "no such column"],
-        ["search", out, "x", "--radius-share", "2"],
     ):  # fmt: skip
         assert main(arguments) == 2
         assert capsys.readouterr().err.count("\n") == 1
