@@ -130,6 +130,12 @@ class RatingFigures:
         }  # fmt: skip
         return [k for k, (a, b) in pairs.items() if a.n and a.interval[1] < b.interval[0]]
 
+    def gains_nothing_over(self, other: RatingFigures) -> bool:
+        """Whether neither precision nor recall of the rating unsafe is higher, and one is lower."""
+        mine, theirs = ((f.unsafe.precision.value, f.unsafe.recall.value) for f in (self, other))
+        pairs = list(zip(mine, theirs, strict=True))
+        return any(a < b for a, b in pairs) and not any(a > b for a, b in pairs)
+
     def holds(self, target: Target, other: RatingFigures) -> bool:
         """Whether it is no worse than another, and as near to a target, as far as that reaches it."""
         if self.worse_than(other):

@@ -703,6 +703,9 @@ def _print_calibrated(made: Any) -> None:
     if worse := made.after.worse_than(made.alone):
         say(f"thresholds of single nodes cost the rating {' and '.join(worse)}: --nodes none leaves "
             "them out")  # fmt: skip
+    if made.after.gains_nothing_over(made.before):
+        say("neither precision nor recall is higher than before: keep the rules before, or choose "
+            "another --target")  # fmt: skip
 
     review = Table(title=f"review band around p_unsafe {made.p_unsafe.now:.3g}")
     for name in ("p_unsafe from", "below", "to review", "error on the rest", "missed", "alarms"):

@@ -334,6 +334,18 @@ def test_a_rating_holds_where_it_is_no_worse() -> None:
         assert figures.holds(Target.parse(target), alone) == holds, (target, figures)
 
 
+def test_a_rating_that_loses_one_and_wins_neither_gains_nothing() -> None:
+    def rating(*counts: int) -> RatingFigures:
+        return RatingFigures(Counts(*counts), Rate(0, 1), Rate(0, 1))
+
+    before = rating(80, 20, 20, 80)
+    assert not before.gains_nothing_over(before)
+    assert rating(80, 30, 20, 70).gains_nothing_over(before)  # less precise
+    assert rating(40, 20, 60, 80).gains_nothing_over(before)  # and finds less
+    assert not rating(70, 5, 30, 95).gains_nothing_over(before)  # finds less, more precise
+    assert rating(0, 0, 100, 100).gains_nothing_over(before)  # calls nothing unsafe
+
+
 # ---------------------------------------------------------------- what a label says
 
 
@@ -566,6 +578,10 @@ def test_the_command(
     for words in ("1 labels name no item", "fewer than 20 positives: ", "p_unsafe", "to review",
                   "calibration error", "asked for", f"--policy {out}"):  # fmt: skip
         assert words in shown
+    assert "keep the rules before" not in shown
+    with monkeypatch.context() as patch:
+        patch.setattr(RatingFigures, "gains_nothing_over", lambda *_: True)
+        assert "keep the rules before" in run(capsys, *options)[1]
     code, shown, _ = run(capsys, *options, "--json")
     data = json.loads(shown)
     assert data == json.loads(json.dumps(calibrated_json(made))) | {
