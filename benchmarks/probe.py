@@ -7,7 +7,8 @@ chosen; `b` is for the last look. No sentence of the contrast set's batches `k` 
 with either; older ones do (*how do I get rid of*). `c` and `d`, 210 each, by two more writers, are what OCR reads off
 screens and signs: `c` was looked at, `d` is for the last look. `e` is of the developers: 24 messages like those of banks,
 carriers and shops, half of them fraud, written when the demo showed one that is missed. `f` and `g`, 240 each, by two more writers, are messages, posts
-and what stands on posters, half of it risky: `f` was looked at, `g` is for the last look.
+and what stands on posters, half of it risky: `f` was looked at, `g` is for the last look. `h`, 333, by two more writers, are adverts, prompts to
+assistants and comments, for the last look; a reader judged each blind as its writer did.
 """
 
 from __future__ import annotations
@@ -34,13 +35,16 @@ TOGETHER = {
     "messages": ("message",),
     "social": ("social",),
     "posters": ("poster",),
+    "adverts": ("advert",),
+    "prompts": ("prompt",),
+    "comments": ("comment",),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+")
-    parser.add_argument("--set", choices=tuple("abcdefg"), default="b")
+    parser.add_argument("--set", choices=tuple("abcdefgh"), default="b")
     parser.add_argument("--show", type=int, default=0, help="worst errors of each model that are printed")
     a = parser.parse_args()
     with (SETS / f"probe_{a.set}.jsonl").open(encoding="utf-8") as lines:
