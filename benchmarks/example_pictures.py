@@ -169,7 +169,7 @@ def main() -> None:
             for one in asked for examples in drawn(one.name, count)
         )  # fmt: skip
 
-    data = EmbedData(a.data, exclude_classes=hidden)
+    data = EmbedData(a.data, exclude_classes=hidden, image_size=model.encoder.image_size)
     data.setup()
     ordinary = reference_points(model, data)["image"].half().double()
     choosing = [Asked(model, n, chains[n], ordinary) for n in hidden[0::2]]

@@ -18,14 +18,14 @@ def main() -> None:
     parser.add_argument("models", nargs="+")
     parser.add_argument("--data", help="development data (default: HYSAFE_DATA)")
     a = parser.parse_args()
-    data = EmbedData(a.data, text_sets=[], rendered=4)
-    data.setup()
-    pictures, leaf = data.held_out_pictures, data.world.leaf_ids()
-    photos = pictures.classes < data.photo_classes
-    truth = pictures.classes[photos]
     print("| model | pictures | top-1 | top-5 | tree-induced error | hierarchical precision |\n|---|---|---|---|---|---|")
     for name in a.models:
         model = load(name)
+        data = EmbedData(a.data, text_sets=[], rendered=4, image_size=model.encoder.image_size)
+        data.setup()
+        pictures, leaf = data.held_out_pictures, data.world.leaf_ids()
+        photos = pictures.classes < data.photo_classes
+        truth = pictures.classes[photos]
         points, _ = _encode_pictures(model, pictures)
         order = points.dist(class_points(model, data.world)[: data.photo_classes]).argsort(-1)[photos]
         right = order == truth[:, None]

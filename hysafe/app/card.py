@@ -111,14 +111,18 @@ def evaluate_card(
     """
     for page in pages:  # known before the work of minutes
         _find_block(page)
-    module = EmbedData(data_dir=data)
-    module.setup()
+    modules: dict[int, EmbedData] = {}  # by the side of the pictures that a model reads
     rows: dict[str, dict[str, float]] = {}
     judged: dict[str, tuple[SafetyModel, _Judged, _Judged | None]] = {}
     for label, model_name in (("hysafe " + name, name), ("Euclidean control", control)):
         if model_name is None:
             continue
         model = load(model_name)
+        module = modules.get(model.encoder.image_size)
+        if module is None:
+            module = EmbedData(data_dir=data, image_size=model.encoder.image_size)
+            module.setup()
+            modules[model.encoder.image_size] = module
         if fit:
             folder = resolve_folder(model_name)
             if folder is None:

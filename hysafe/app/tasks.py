@@ -324,6 +324,16 @@ class TaxonomyTask(EncoderTask):
     def setup(self, stage: str) -> None:
         data = self._data()
         data.setup()
+        means = data.described_means
+        if means is not None and not self.cached:
+            raise ConfigError(
+                "class_means are features of one image tower: set freeze_image and text_side_from (or freeze_text)."
+            )
+        if means is not None and means.shape[1] != self.encoder.towers.embed_dim:
+            raise ConfigError(
+                f"class_means have {means.shape[1]} dimensions, the features of this tower "
+                f"{self.encoder.towers.embed_dim}: make them with the same tower."
+            )
         leaves = data.leaves
         self._leaves = leaves
         self._edges, self._siblings = leaves.edges(), leaves.siblings()
@@ -414,6 +424,10 @@ class TaxonomyTask(EncoderTask):
                 log.info("features of %d texts are there", len(texts))
             self._image_cache = self._kept("visual", [settings, pictures.pixels], of_pictures)
             log.info("features of %d pictures are there", len(pictures))
+        if data.described_means is not None:
+            self._own = pictures.classes.to(self.device)
+            self._own_means = _class_means(self._image_cache, self._own)
+            self._described_means = data.described_means.to(self.device)
         encoder.train()
 
     def _kept(self, part: str, content: Sequence[Any], make: Callable[[], Tensor]) -> Tensor:
@@ -470,7 +484,12 @@ class TaxonomyTask(EncoderTask):
             pictures["classes"],
             label_smoothing=self.label_smoothing,
         )
-        terms.update(self._item_terms("image", image, pictures["candidates"], nodes, c))
+        items, candidates = image, pictures["candidates"]
+        if self._data().described_means is not None:
+            described, of = self._described()
+            items = torch.cat([image, encoder.lift("image", described).space])
+            candidates = torch.cat([candidates, of])
+        terms.update(self._item_terms("image", items, candidates, nodes, c))
         kinds = [("image", self.image_leaf_weight)]
         concept = image.sum() * 0
         if spoken:
@@ -519,6 +538,21 @@ class TaxonomyTask(EncoderTask):
             self.encoder.towers.model.visual.eval()
         with torch.set_grad_enabled(not self.freeze_image):
             return self.encoder.towers.encode_image(pixels).float()
+
+    def _described(self) -> tuple[Tensor, Tensor]:
+        """Features [n, E] of classes known by their mean alone, and candidate leaves [n, L].
+
+        A picture of such a class is taken to lie about its mean as some other picture lies about the mean of
+        its own class. These join the taxonomy terms only: names of so many classes, whose texts were not
+        trained to stand apart, cost the names of those with pictures (docs/results.md).
+        """
+        data, device = self._data(), self.device
+        drawn = torch.randint(len(self._described_means), (data.described,), device=device)
+        other = torch.randint(self._image_cache.shape[1], (data.described,), device=device)
+        view = torch.randint(self.image_views, other.shape, device=device)
+        from_mean = self._image_cache[view, other].float() - self._own_means[self._own[other]]
+        candidates = data.described_candidates.to(device)[drawn]
+        return self._described_means[drawn] + from_mean, candidates
 
     def _image_terms(self, image: Tensor, classes: Tensor, c: Tensor) -> dict[str, Tensor]:
         encoder = self.encoder
@@ -645,6 +679,15 @@ class TaxonomyTask(EncoderTask):
         values.update(text_validation(logits, data))
         encoder.train()
         return values
+
+
+def _class_means(features: Tensor, classes: Tensor) -> Tensor:
+    """Mean features of each class [C, E] from those of several views [V, N, E]; classes [N]."""
+    sums = torch.zeros(int(classes.max()) + 1, features.shape[-1], device=features.device)
+    for view in features:
+        sums.index_add_(0, classes, view.float())
+    count = len(features) * classes.bincount(minlength=len(sums))
+    return sums / count.clamp_min(1)[:, None]
 
 
 def text_validation(logits: Tensor, data: EmbedData) -> dict[str, float]:

@@ -6,6 +6,7 @@ import json
 import logging
 import platform
 import subprocess
+import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +20,7 @@ from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from hysafe.app.image_task import ImageTowerTask  # noqa: F401 - subclasses by name
 from hysafe.app.tasks import EncoderTask, PresetTask, TaxonomyTask  # noqa: F401
 from hysafe.app.text_task import TextTowerTask  # noqa: F401
+from hysafe.errors import ConfigError
 
 __all__ = [
     *("ExportModel", "RunConfig", "RunRecord", "StagesCLI"),
@@ -80,7 +82,7 @@ class StagesCLI(LightningCLI):
             "--before",
             type=dict[str, str],
             default={},
-            help="config of each earlier stage and its export; run first unless that exists",
+            help="config (or script) of each earlier stage and its export; run first unless that exists",
         )
 
     def before_instantiate_classes(self) -> None:
@@ -100,9 +102,17 @@ class StagesCLI(LightningCLI):
 
 
 class EmbedCLI(StagesCLI):
-    """Trains towers, heads and cones."""
+    """Trains towers, heads and cones. A stage that is a script is called with the place of its export."""
 
     def run_stage(self, config: str, settings: Any) -> None:
+        if config.endswith(".py"):
+            done = subprocess.run([sys.executable, config, settings.before[config]], check=False)
+            if done.returncode:
+                raise ConfigError(
+                    f"{config} ended with exit status {done.returncode}; its last lines say why. Mend that, or "
+                    f"make {settings.before[config]} by hand."
+                )
+            return
         embed_main(["fit", "--config", config])
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import re
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities import CombinedLoader
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,7 +24,7 @@ from hysafe.data.contrast import contrast_set, core_set
 from hysafe.data.everyday import everyday_texts
 from hysafe.data.images import decode, to_pixels
 from hysafe.data.joined import join_texts
-from hysafe.data.label_map import permissive_sets
+from hysafe.data.label_map import permissive_sets, picture_nodes
 from hysafe.data.leaves import LeafSpace
 from hysafe.data.posts import digest, read_posts, was_read
 from hysafe.data.rendered import render_text_pictures
@@ -31,7 +34,16 @@ from hysafe.errors import ConfigError
 from hysafe.taxonomy import load_taxonomy
 from hysafe.types import Sample
 
-__all__ = ["EmbedData", "Pictures", "RoleData", "Texts", "WorldTree", "held_out"]
+__all__ = [
+    "EmbedData",
+    "Pictures",
+    "RoleData",
+    "Texts",
+    "WorldTree",
+    "held_out",
+    "read_class_means",
+    "write_class_means",
+]
 
 TEXT_PICTURE, ICON = "picture of text", "icon"
 # Share of training pictures and of public text sets kept for calibration, never trained on.
@@ -167,6 +179,9 @@ class EmbedData(L.LightningDataModule):
         seed: of sampling and rendering.
         exclude_classes: names of picture classes that are left out everywhere, as if they were not
             in the data (``hysafe eval novelty`` asks for them as novel).
+        class_means: file of :func:`write_class_means`: classes of which there are no pictures here, and
+            where the pictures of each lie on average in the features of the image tower.
+        described: so many features a step are drawn about these means, for the taxonomy terms.
     """
 
     def __init__(
@@ -189,8 +204,12 @@ class EmbedData(L.LightningDataModule):
         screens: int = 0,
         posts: bool = False,
         risky_posts: float = 1.0,
+        class_means: str | None = None,
+        described: int = 256,
     ) -> None:
         super().__init__()
+        self.class_means, self.described = class_means, described
+        self.described_means: Tensor | None = None
         self.batch_weights = batch_weights or {}
         self.data_dir, self.image_size = data_dir, image_size
         self.image_batch, self.text_batch = image_batch, text_batch
@@ -335,6 +354,8 @@ class EmbedData(L.LightningDataModule):
                 classes.append(index)
                 nodes.append((node,))
                 held.append(rng.random() < HELD_OUT_SHARE)
+        if self.class_means:
+            self._read_class_means(self.class_means)
         masks = {n: self.leaves.candidates(n) for n in {*nodes, *val_nodes}}
         candidates = torch.stack([masks[n] for n in nodes])
         keep = ~torch.tensor(held) if len(held) > 200 else torch.ones(len(held), dtype=torch.bool)
@@ -350,6 +371,16 @@ class EmbedData(L.LightningDataModule):
             )
         else:
             self.validation_pictures = None
+
+    def _read_class_means(self, file: str) -> None:
+        """Classes known by the mean of their pictures alone; those that have pictures here are passed over."""
+        means, classes = read_class_means(file)
+        with_pictures = {*self.world.names, *self.exclude_classes}
+        kept = [i for i, (name, _) in enumerate(classes) if name not in with_pictures]
+        self.described_means = means[kept]
+        self.described_candidates = torch.stack(
+            [self.leaves.candidates(picture_nodes("tiny_imagenet", *classes[i])) for i in kept]
+        )
 
     def _drawn_pictures(self, rng: random.Random) -> list[tuple[str, str, np.ndarray]]:
         """Rendered text, and emoji on plain backgrounds."""
@@ -520,6 +551,44 @@ def _mates(samples: Sequence[Sample]) -> Tensor:
         if len(members) == 2:
             mates[members[0]], mates[members[1]] = members[1], members[0]
     return mates
+
+
+def write_class_means(
+    file: str | Path, means: Tensor, classes: Sequence[tuple[str, Sequence[str]]]
+) -> None:
+    """Keep where classes of pictures lie in an image tower's features, for `EmbedData(class_means=)`.
+
+    Args:
+        file: safetensors. means: [C, E]. classes: name and hypernyms (root first) of each.
+    """
+    listed = json.dumps([[name, list(chain)] for name, chain in classes])
+    save_file({"means": means.float().contiguous()}, file, metadata={"classes": listed})
+
+
+def read_class_means(file: str | Path) -> tuple[Tensor, list[tuple[str, tuple[str, ...]]]]:
+    """Means [C, E] of classes of pictures, with name and hypernyms of each.
+
+    Raises:
+        ConfigError: there is no such file, or it is not one of :func:`write_class_means`.
+    """
+    try:
+        with safe_open(file, framework="pt") as content:
+            means = content.get_tensor("means")
+            listed = json.loads((content.metadata() or {})["classes"])
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{file}: no such file; class_means names one of write_class_means."
+        ) from None
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ConfigError(
+            f"{file}: no class means ({error}); make it with write_class_means."
+        ) from None
+    classes = [(str(name), tuple(chain)) for name, chain in listed]
+    if means.ndim != 2 or len(means) != len(classes):
+        raise ConfigError(
+            f"{file}: {tuple(means.shape)} means for {len(classes)} classes. Make it anew."
+        )
+    return means, classes
 
 
 def held_out(picture: bytes) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -25,6 +26,8 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PREPROCESSING_VERSION = 1
 # What texts and nodes do not depend on.
 IMAGE_SIDE = ("towers.model.visual.", "heads.image.")
+# In the header of a file that holds an image side alone: the folder beside it that has the rest, and its SHA-256.
+TEXT_SIDE, TEXT_DIGEST = "text_side", "text_side_sha256"
 # CLIP's temperature 0.07 and the bound of 0.01, as a factor on negative distances.
 LOGIT_SCALE = (1 / 0.07, 1.0, 100.0)
 # Inverse temperature of cone margins (radians): start, low, high.
@@ -257,6 +260,29 @@ class HyperbolicEncoder(
         save_file(state, path / WEIGHTS, metadata={"format": "pt"})
         (path / CONFIG).write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n")
 
+    def save_image_side(self, path: str | Path, text_side: str | Path) -> None:
+        """Write config.json and only the image side of model.safetensors; the rest is read from another model.
+
+        Args:
+            path: folder, made if missing; a sibling of `text_side`.
+            text_side: folder of the model that this one has its texts and nodes from
+                (:meth:`take_text_side`).
+
+        Raises:
+            ModelError: the folders are no siblings, or their text sides differ.
+        """
+        path, text_side = Path(path).absolute(), Path(text_side).absolute()
+        if path.parent != text_side.parent:
+            raise ModelError(
+                f"{path}: no sibling of {text_side}, so it cannot be found from there."
+            )
+        if self.load_directory(text_side).text_hash() != self.text_hash():
+            raise ModelError(f"{text_side}: its texts and nodes are not this encoder's.")
+        self.save_directory(path, tower_dtype=torch.bfloat16)
+        state = {k: v for k, v in load_file(path / WEIGHTS).items() if k.startswith(IMAGE_SIDE)}
+        origin = {TEXT_SIDE: text_side.name, TEXT_DIGEST: _digest(text_side / WEIGHTS)}
+        save_file(state, path / WEIGHTS, metadata={"format": "pt", **origin})
+
     @classmethod
     def load_directory(cls, path: str | Path) -> HyperbolicEncoder:
         """Read a directory written by :meth:`save_directory` (or downloaded from the hub).
@@ -276,7 +302,9 @@ class HyperbolicEncoder(
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise ModelError(f"{path / CONFIG}: not a hysafe config ({error}).") from error
         try:
-            state = load_file(path / WEIGHTS)
+            state = read_weights(path)
+        except ModelError:
+            raise
         except Exception as error:  # safetensors raises its own type
             raise ModelError(f"{path / WEIGHTS}: not readable as safetensors ({error}).") from error
         own = model._own_state()
@@ -306,6 +334,36 @@ class HyperbolicEncoder(
             model_id, allow_patterns=["*.json", "*.safetensors", "*.md", "*.yaml"], **kwargs
         )
         return cls.load_directory(folder)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Tensors of a model folder; one of an image side alone has the others from the folder beside it that it names.
+
+    Raises:
+        ModelError: that folder is missing, or holds other weights than those that it was made with.
+    """
+    with safe_open(folder / WEIGHTS, framework="pt") as content:
+        said = content.metadata() or {}
+    state = load_file(folder / WEIGHTS)
+    if TEXT_SIDE not in said:
+        return state
+    name = said[TEXT_SIDE]
+    other = folder.parent / name / WEIGHTS
+    if Path(name).name != name or not other.is_file():
+        raise ModelError(
+            f"{folder}: its texts and nodes are those of the model {name!r}, which has to lie beside it. Copy both."
+        )
+    if _digest(other) != said.get(TEXT_DIGEST):
+        raise ModelError(
+            f"{folder}: {other} is not the file that this image side was made with. Copy both anew."
+        )
+    rest = {k: v for k, v in load_file(other).items() if not k.startswith(IMAGE_SIDE)}
+    return {**rest, **state}
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def state_hash(config: dict[str, Any], state: Mapping[str, Tensor]) -> str:

@@ -11,7 +11,7 @@ from hysafe.errors import ModelError
 
 __all__ = ["BUNDLED", "lift_open_clip", "load_encoder", "resolve_folder"]
 
-BUNDLED = ("mini",)
+BUNDLED = ("mini", "mini-photo")
 OPEN_CLIP = "open_clip:"
 # Items of an untrained lift lie this far out, well outside the nodes (radius 0.63 at most).
 LIFT_RADIUS = 1.5
@@ -45,7 +45,7 @@ def lift_open_clip(name: str, pretrained: str | None) -> HyperbolicEncoder:
 def resolve_folder(name: str) -> Path | None:
     """Folder of a bundled or saved model; None where `name` is no folder."""
     if name in BUNDLED:
-        with resources.as_file(resources.files("hysafe.assets") / name) as folder:
+        with resources.as_file(resources.files("hysafe.assets") / name.replace("-", "_")) as folder:
             if not (folder / "model.safetensors").is_file():
                 raise ModelError(f"the bundled model {name!r} is missing from this installation.")
             return folder
@@ -57,7 +57,7 @@ def load_encoder(name: str, *, revision: str | None = None) -> HyperbolicEncoder
     """Encoder by name.
 
     Args:
-        name: ``mini``; a hysafe folder; ``open_clip:ARCH/TAG`` or ``open_clip:ARCH/FILE`` (lifted
+        name: ``mini``, ``mini-photo``; a hysafe folder; ``open_clip:ARCH/TAG`` or ``open_clip:ARCH/FILE`` (lifted
             without training); or a hub id ``owner/name``, which is downloaded.
         revision: of a hub id.
 
@@ -72,7 +72,7 @@ def load_encoder(name: str, *, revision: str | None = None) -> HyperbolicEncoder
         return HyperbolicEncoder.load_directory(folder)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelError(
-            f"no model {name!r}. Give mini, a folder with config.json and model.safetensors, "
+            f"no model {name!r}. Give mini, mini-photo, a folder with config.json and model.safetensors, "
             "open_clip:ViT-B-32/TAG, or a hub id owner/name."
         )
     return HyperbolicEncoder.from_pretrained(name, revision=revision)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from hysafe.encoder.head import NodeHead
@@ -23,6 +22,7 @@ from hysafe.encoder.model import (
     WEIGHTS,
     HyperbolicEncoder,
     bank_hash,
+    read_weights,
     state_hash,
     text_state_hash,
 )
@@ -56,7 +56,7 @@ class TowerlessEncoder:
             # as the whole model holds them: matrices may be stored in half the width
             state = {
                 k: v.float() if v.is_floating_point() else v
-                for k, v in load_file(self._folder / WEIGHTS).items()
+                for k, v in read_weights(self._folder).items()
             }
             linear, known = bool(config["linear_heads"]), list(config.get("known_nodes", ()))
             self._dim = int(config["dim"]) if linear else None
@@ -83,6 +83,8 @@ class TowerlessEncoder:
             ):
                 own = module.state_dict()
                 module.load_state_dict({k: state[prefix + k].reshape(own[k].shape) for k in own})
+        except ModelError:
+            raise
         except Exception as error:  # safetensors raises its own type
             raise ModelError(
                 f"{folder}: not a hysafe model ({type(error).__name__}: {error})."

@@ -17,11 +17,12 @@ from PIL import Image
 from hysafe.app.image_task import ancestor_cross_entropy, colour_jitter, paste_box
 from hysafe.app.tasks import EncoderTask, TaxonomyTask, random_resized_crop_flip
 from hysafe.app.training import embed_main
-from hysafe.data.datamodule import _Batches
+from hysafe.data.datamodule import EmbedData, _Batches, read_class_means, write_class_means
 from hysafe.encoder import HyperbolicEncoder
 from hysafe.encoder.towerless import TowerlessEncoder
 from hysafe.errors import ConfigError, ModelError
 from hysafe.evaluate.novelty_data import read_held_out
+from hysafe.taxonomy import load_taxonomy
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "embed"
 
@@ -189,6 +190,22 @@ def test_earlier_stages_run_first_and_once(tmp_path: Path) -> None:
     assert changed == [4, 5]
 
 
+def test_a_stage_may_be_a_script(tmp_path: Path) -> None:
+    """`before` calls it with the place of its export; a script that fails ends the training."""
+    fit("tiny", tmp_path / "made", "--trainer.logger", "false")
+    script, place = tmp_path / "make.py", tmp_path / "copied" / "model"
+    script.write_text(
+        f"import shutil, sys\nshutil.copytree({str(tmp_path / 'made/model')!r}, sys.argv[1])\n"
+    )
+    fit("tiny", tmp_path / "heads", "--trainer.logger", "false", "--model.init_from", str(place),
+        "--before", yaml.safe_dump({str(script): str(place)}, default_flow_style=True))  # fmt: skip
+    assert (place / "model.safetensors").is_file()
+    script.write_text("raise SystemExit(3)\n")
+    with pytest.raises(ConfigError, match="exit status 3"):
+        fit("tiny", tmp_path / "heads", "--trainer.logger", "false",
+            "--before", yaml.safe_dump({str(script): str(tmp_path / "no")}, default_flow_style=True))  # fmt: skip
+
+
 def test_hypernym_loss_is_zero_inside_and_counts_mass() -> None:
     ancestors = torch.tensor([[True, True], [True, False]])
     logits = torch.zeros(1, 2)
@@ -278,6 +295,77 @@ def test_a_picture_head_on_a_text_side_that_stands_still(tmp_path: Path) -> None
         other = HyperbolicEncoder(**{**first.config, key: value})
         with pytest.raises(ModelError, match=f"its {name} is another"):
             other.take_text_side(tmp_path / "first/model")
+
+
+FAR_CLASSES = [
+    ("assault rifle", ("artifact", "instrumentality", "weapon")),
+    ("picture of text", ("artifact",)),
+    ("bald eagle", ("animal", "bird")),
+]
+
+
+def test_classes_without_pictures_teach_the_picture_head(tmp_path: Path) -> None:
+    """`class_means`: features about the means of such classes lie in the cones of their nodes afterwards."""
+    means = torch.randn(3, 384, generator=torch.Generator().manual_seed(0))
+    write_class_means(tmp_path / "means.safetensors", means, FAR_CLASSES)
+    data = EmbedData(pictures=False, text_sets=[], rendered=8, image_size=16,
+                     class_means=str(tmp_path / "means.safetensors"))  # fmt: skip
+    data.setup()
+    # a class that has pictures is passed over
+    assert data.world.names == ["picture of text"]
+    assert torch.equal(data.described_means, means[[0, 2]])
+    risky = data.leaves.risky
+    assert [bool((c & risky).any()) for c in data.described_candidates] == [True, False]
+    fit("tiny", tmp_path / "first", "--trainer.logger", "false", "--model.lora_rank", "0")
+    common = ("--trainer.logger", "false", "--model.lora_rank", "0", "--model.freeze_image", "true",
+              "--model.image_views", "1", "--model.text_side_from", str(tmp_path / "first/model"))  # fmt: skip
+    more = ("--data.class_means", str(tmp_path / "means.safetensors"), "--data.described", "16",
+            "--model.head_lr", "0.02", "--trainer.max_steps", "60")  # fmt: skip
+    fit("tiny", tmp_path / "without", *common)
+    fit("tiny", tmp_path / "with", *common, *more)
+    before, after = (
+        HyperbolicEncoder.load_directory(tmp_path / name / "model") for name in ("without", "with")
+    )
+    assert after.text_hash() == before.text_hash()
+    taxonomy = load_taxonomy()
+    nodes = after.place_nodes(
+        after.node_features([taxonomy[n].phrases for n in ("6.1", "S.b1")]), torch.tensor([2, 2])
+    )
+    rifle, eagle = after.lift("image", means[[0, 2]]).margin(nodes)
+    assert rifle[0] > rifle[1]
+    assert eagle[1] > eagle[0]
+
+
+def test_class_means_fit_the_tower_or_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "means.safetensors"
+    write_class_means(file, torch.randn(3, 20), FAR_CLASSES)
+    means, classes = read_class_means(file)
+    assert means.shape == (3, 20)
+    assert classes == FAR_CLASSES
+    frozen = (
+        "--model.freeze_image",
+        "true",
+        "--model.freeze_text",
+        "true",
+        "--model.lora_rank",
+        "0",
+    )
+    given = ("--trainer.logger", "false", "--data.class_means", str(file))
+    with pytest.raises(ConfigError, match="one image tower"):
+        fit("tiny", tmp_path / "a", *given)
+    with pytest.raises(ConfigError, match="have 20 dimensions"):
+        fit("tiny", tmp_path / "a", *given, *frozen)
+    with pytest.raises(ConfigError, match="no such file"):
+        read_class_means(tmp_path / "none")
+    (tmp_path / "broken").write_bytes(b"not safetensors")
+    with pytest.raises(ConfigError, match="no class means"):
+        read_class_means(tmp_path / "broken")
+    write_class_means(file, torch.randn(2, 20), FAR_CLASSES)
+    with pytest.raises(ConfigError, match="means for 3 classes"):
+        read_class_means(file)
+    write_class_means(file, torch.randn(1, 384), [("thingummy", ("unheard of",))])
+    with pytest.raises(ConfigError, match="thingummy"):
+        fit("tiny", tmp_path / "a", *given, *frozen)
 
 
 def test_processes_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hysafe.encoder import HyperbolicEncoder, mini_architecture
 from hysafe.encoder.model import bank_hash
@@ -57,3 +59,46 @@ def test_a_folder_without_a_model_is_an_error(folder: Path, tmp_path: Path) -> N
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ModelError, match="not a hysafe model"):
         TowerlessEncoder(tmp_path)
+
+
+def test_an_image_side_alone_takes_the_rest_from_the_folder_beside_it(
+    folder: Path, tmp_path: Path
+) -> None:
+    base, own = tmp_path / "base", tmp_path / "own"
+    shutil.copytree(folder, base)
+    torch.manual_seed(4)
+    encoder = HyperbolicEncoder(
+        mini_architecture("resnet10t", image_size=48), dim=12, known_nodes=[bank_hash(BANKS[0])]
+    )
+    with pytest.raises(ModelError, match="not this encoder's"):
+        encoder.save_image_side(own, base)
+    encoder.take_text_side(base)
+    with pytest.raises(ModelError, match="no sibling"):
+        encoder.save_image_side(tmp_path / "below" / "own", base)
+    encoder.save_directory(tmp_path / "whole", tower_dtype=torch.bfloat16)
+    encoder.save_image_side(own, base)
+    kept = load_file(own / "model.safetensors")
+    assert {k.split(".")[0] for k in kept} == {"towers", "heads"}
+    assert not any("text" in k for k in kept)
+
+    first, whole, joined = (
+        HyperbolicEncoder.load_directory(tmp_path / name) for name in ("base", "whole", "own")
+    )
+    light = TowerlessEncoder(own)
+    assert joined.hash() == whole.hash() == light.hash() != first.hash()
+    assert joined.text_hash() == first.text_hash() == light.text_hash()
+    pixels = torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8)
+    with torch.inference_mode():
+        assert joined.encode_image(pixels).space.equal(whole.encode_image(pixels).space)
+        assert joined.text_features(["hello"]).equal(first.text_features(["hello"]))
+
+    # another file than the one that it was made with, or none
+    other = HyperbolicEncoder.load_directory(base)
+    other.cone_scale.set(20.0)
+    other.save_directory(base, tower_dtype=torch.bfloat16)
+    for read in (HyperbolicEncoder.load_directory, TowerlessEncoder):
+        with pytest.raises(ModelError, match="not the file"):
+            read(own)
+    shutil.rmtree(base)
+    with pytest.raises(ModelError, match="has to lie beside it"):
+        HyperbolicEncoder.load_directory(own)

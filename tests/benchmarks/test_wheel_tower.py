@@ -1,0 +1,49 @@
+"""benchmarks/wheel_tower.py: class means told from the rows of a classifier, on Gaussian classes."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+
+
+def test_rows_of_a_classifier_tell_the_means_of_classes_without_pictures() -> None:
+    path = Path(__file__).parents[2] / "benchmarks" / "wheel_tower.py"
+    spec = importlib.util.spec_from_file_location("wheel_tower", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+
+    torch.manual_seed(0)
+    classes, size, each = 60, 24, 200
+    truth = 2 * torch.randn(classes, size, dtype=torch.double)
+    spread = torch.randn(size, size, dtype=torch.double) / size**0.5
+    noise = torch.randn(classes, each, size, dtype=torch.double) @ spread
+    within = (spread.T @ spread).cpu()
+    # rows of the best classifier of such classes (linear discriminant analysis)
+    rows = truth @ torch.linalg.inv(within + 0.1 * torch.eye(size, dtype=torch.double))
+    known = torch.arange(40)
+    f = (truth[known, None] + noise[known]).flatten(0, 1)
+    y = known.repeat_interleave(each)
+    own, means, covariance = module._own_classes(f, y)
+    assert own.tolist() == known.tolist()
+    torch.testing.assert_close(covariance, within, atol=0.2, rtol=0.2)
+    told, worth = module.class_means(f, means, known, rows, ridge=0.01)
+    centre = f.mean(0)
+    new = torch.cosine_similarity(told[40:] - centre, truth[40:] - centre)
+    assert worth > 0.8
+    assert new.mean() > 0.8
+    blind = torch.cosine_similarity(rows[40:], truth[40:] - centre)
+    assert new.mean() > blind.mean() + 0.1
+
+    projection = module._projection(f, told, covariance, 12)
+    assert projection.shape == (12, size)
+    # units of the spread within classes; the first row is what all share
+    inside = projection @ covariance @ projection.T
+    torch.testing.assert_close(inside.diag()[1:], torch.ones(11, dtype=torch.double))
+    assert abs(float(torch.cosine_similarity(projection[0], f.mean(0), dim=0))) > 0.99
+    torch.testing.assert_close(projection[1:9] @ projection[0], torch.zeros(8, dtype=torch.double))
