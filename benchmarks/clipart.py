@@ -48,13 +48,14 @@ def main() -> None:
     of = torch.tensor([folders.index(f) for f, _ in drawings])
     print(f"{len(drawings)} drawings in {len(folders)} folders; a rank by chance has mAP {(of.bincount().double() / len(of)).mean():.3f}")
     print("| model | words: mAP, precision@10 | picture: mAP, best other of its folder | AUROC of the cone of "
-          + ", ".join(f"{node} for {FOLDERS[f]}" for f, node in RISKS.items()) + " |")  # fmt: skip
-    print("|---|---|---|---|")
+          + ", ".join(f"{node} for {FOLDERS[f]}" for f, node in RISKS.items())
+          + " | rated unsafe: " + ", ".join(FOLDERS[f] for f in RISKS) + ", others |")  # fmt: skip
+    print("|---|---|---|---|---|")
     each = {}
     for name in a.models:
         model = load(name)
         items = encode(model, [image for _, image in drawings])
-        words = model.encode_text([f"a drawing of {article(FOLDERS[f])}" for f in folders])
+        words = model.encode_text([article(FOLDERS[f]) for f in folders])
         asked = [figures(d, of == i) for i, d in enumerate(words.dist(items))]
         others = items.dist(items)
         others.fill_diagonal_(float("inf"))
@@ -67,9 +68,12 @@ def main() -> None:
             detection(margins[of != folders.index(f), ids.index(node)], margins[of == folders.index(f), ids.index(node)]).auroc
             for f, node in RISKS.items()
         ]
+        rated = [r.rating == "unsafe" for r in model.moderate(images=[image for _, image in drawings])]
+        groups = [*([of == folders.index(f) for f in RISKS]), torch.stack([of != folders.index(f) for f in RISKS]).all(0)]
+        shares = [float(torch.tensor(rated)[g].double().mean()) for g in groups]
         each[name] = {f: x[0] for f, x in zip(folders, asked, strict=True)}
         print(f"| {name} | {mean(asked, 0):.3f}, {mean(asked, 1):.3f} | {mean(near, 0):.3f}, {best:.3f} | "
-              + ", ".join(f"{r:.3f}" for r in risky) + " |", flush=True)  # fmt: skip
+              + ", ".join(f"{r:.3f}" for r in risky) + " | " + ", ".join(f"{x:.3f}" for x in shares) + " |", flush=True)  # fmt: skip
     print("\nWords, mAP of each folder (drawings): " + "; ".join(
         f"{FOLDERS[f]} ({int((of == i).sum())}) " + ", ".join(f"{each[m][f]:.2f}" for m in a.models)
         for i, f in enumerate(folders)

@@ -155,7 +155,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("suite", choices=["card", "novelty"],
                           help="card: the figures of the model card; novelty: novelty scorers beside "
                           "pytorch-ood's")  # fmt: skip
-    evaluate.add_argument("--model", default="mini", help="mini, a folder, open_clip:ARCH/TAG")
+    evaluate.add_argument(
+        "--model", default="mini", help="mini, mini-photo, a folder, open_clip:ARCH/TAG"
+    )
     evaluate.add_argument("--data", metavar="DIR", help="development data (default: HYSAFE_DATA)")
     evaluate.add_argument(
         "--out", type=Path, metavar="DIR", help="write SUITE.json and SUITE.md here"
@@ -186,7 +188,7 @@ def _add_scan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", type=Path, metavar="FILE", help="policy YAML over the taxonomy")
     parser.add_argument("--taxonomy", type=Path, metavar="FILE", help="another taxonomy YAML")
     parser.add_argument("--model", default="mini",
-                        help="mini (default), a model folder, a hub id, or open_clip:ARCH/TAG")  # fmt: skip
+                        help="mini (default), mini-photo, a model folder, a hub id, or open_clip:ARCH/TAG")  # fmt: skip
     parser.add_argument("--ocr", action=argparse.BooleanOptionalAction, default=None,
                         help="read text in pictures (default: if the extra [ocr] is installed)")  # fmt: skip
     parser.add_argument("--workers", type=int, default=None, metavar="N",

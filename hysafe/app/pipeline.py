@@ -931,7 +931,7 @@ def load(
     """Load a model by name.
 
     Args:
-        name: ``mini`` (bundled), a hysafe folder, a hub id, or ``open_clip:ARCH/TAG-or-FILE``
+        name: ``mini``, ``mini-photo`` (bundled), a hysafe folder, a hub id, or ``open_clip:ARCH/TAG-or-FILE``
             (lifted without training, not calibrated).
         taxonomy: a taxonomy YAML; the bundled one by default.
         cache: where encoded taxonomies are kept; a user cache folder by default.

@@ -547,7 +547,9 @@ class TaxonomyTask(EncoderTask):
         trained to stand apart, cost the names of those with pictures (docs/results.md).
         """
         data, device = self._data(), self.device
-        drawn = torch.randint(len(self._described_means), (data.described,), device=device)
+        drawn = torch.multinomial(
+            data.described_weights.to(device), data.described, replacement=True
+        )
         other = torch.randint(self._image_cache.shape[1], (data.described,), device=device)
         view = torch.randint(self.image_views, other.shape, device=device)
         from_mean = self._image_cache[view, other].float() - self._own_means[self._own[other]]

@@ -182,6 +182,7 @@ class EmbedData(L.LightningDataModule):
         class_means: file of :func:`write_class_means`: classes of which there are no pictures here, and
             where the pictures of each lie on average in the features of the image tower.
         described: so many features a step are drawn about these means, for the taxonomy terms.
+        risky_described: how much more often those of a class of risk are drawn.
     """
 
     def __init__(
@@ -206,9 +207,11 @@ class EmbedData(L.LightningDataModule):
         risky_posts: float = 1.0,
         class_means: str | None = None,
         described: int = 256,
+        risky_described: float = 1.0,
     ) -> None:
         super().__init__()
         self.class_means, self.described = class_means, described
+        self.risky_described = risky_described
         self.described_means: Tensor | None = None
         self.batch_weights = batch_weights or {}
         self.data_dir, self.image_size = data_dir, image_size
@@ -381,6 +384,12 @@ class EmbedData(L.LightningDataModule):
         self.described_candidates = torch.stack(
             [self.leaves.candidates(picture_nodes("tiny_imagenet", *classes[i])) for i in kept]
         )
+        if self.risky_described <= 0:
+            raise ConfigError(
+                f"risky_described {self.risky_described}: it is greater than 0. Correct it."
+            )
+        risky = (self.described_candidates & self.leaves.risky).any(-1)
+        self.described_weights = torch.where(risky, self.risky_described, 1.0)
 
     def _drawn_pictures(self, rng: random.Random) -> list[tuple[str, str, np.ndarray]]:
         """Rendered text, and emoji on plain backgrounds."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import hysafe.assets
 from hysafe.app.guard_data import GuardData, evidence_of
@@ -301,6 +302,25 @@ def test_the_bundled_guard(tmp_path: Path) -> None:
     named = namer.name(vectors, ["text", "text"], texts, model.view())
     assert all(n is not None and 1 < len(n.name.split()) <= 6 for n in named)
     assert named == namer.name(vectors, ["text", "text"], texts, model.view())
+
+
+def test_the_bundled_models_share_texts_nodes_and_guard() -> None:
+    model, photo = load("mini"), load("mini-photo")
+    assert photo.encoder.text_hash() == model.encoder.text_hash()
+    assert photo.encoder.hash() != model.encoder.hash() == load("mini", towers=False).encoder.hash()
+    assert load("mini-photo", towers=False).encoder.hash() == photo.encoder.hash()
+    assert (model.encoder.image_size, photo.encoder.image_size) == (64, 128)
+    texts = ["two forged concert tickets, half price", "a dog on a lawn"]
+    assert photo.encode_text(texts).space.equal(model.encode_text(texts).space)
+    told = [[(r.rating, r.p_unsafe) for r in m.moderate(texts=texts)] for m in (model, photo)]
+    assert told[0] == told[1]
+    (seen,) = photo.moderate(images=[Image.new("RGB", (300, 200), "navy")])
+    assert seen.rating in ("safe", "review", "unsafe")
+    vectors = photo.encode_text(texts[1:]).tangent().numpy()
+    (naming,) = load_guard("mini-guard", photo).name(vectors, ["image"], [""], photo.view())
+    assert naming is not None
+    assets = Path(hysafe.assets.__file__).parent
+    assert sum(f.stat().st_size for f in assets.rglob("*.safetensors")) < 60e6
 
 
 def test_pictures_are_named_by_what_pictures_show() -> None:

@@ -316,6 +316,13 @@ def test_classes_without_pictures_teach_the_picture_head(tmp_path: Path) -> None
     assert torch.equal(data.described_means, means[[0, 2]])
     risky = data.leaves.risky
     assert [bool((c & risky).any()) for c in data.described_candidates] == [True, False]
+    given = {"pictures": False, "text_sets": [], "rendered": 8, "image_size": 16,
+             "class_means": str(tmp_path / "means.safetensors")}  # fmt: skip
+    often = EmbedData(**given, risky_described=8.0)
+    often.setup()
+    assert often.described_weights.tolist() == [8.0, 1.0]
+    with pytest.raises(ConfigError, match="risky_described 0"):
+        EmbedData(**given, risky_described=0.0).setup()
     fit("tiny", tmp_path / "first", "--trainer.logger", "false", "--model.lora_rank", "0")
     common = ("--trainer.logger", "false", "--model.lora_rank", "0", "--model.freeze_image", "true",
               "--model.image_views", "1", "--model.text_side_from", str(tmp_path / "first/model"))  # fmt: skip
