@@ -349,7 +349,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         return state
     name = said[TEXT_SIDE]
     other = folder.parent / name / WEIGHTS
-    if Path(name).name != name or not other.is_file():
+    if name in ("", ".", "..") or Path(name).name != name or not other.is_file():
         raise ModelError(
             f"{folder}: its texts and nodes are those of the model {name!r}, which has to lie beside it. Copy both."
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hysafe.encoder import HyperbolicEncoder, mini_architecture
 from hysafe.encoder.model import bank_hash
@@ -102,3 +102,8 @@ def test_an_image_side_alone_takes_the_rest_from_the_folder_beside_it(
     shutil.rmtree(base)
     with pytest.raises(ModelError, match="has to lie beside it"):
         HyperbolicEncoder.load_directory(own)
+    for name in ("..", "", "../whole"):  # a sibling, and nothing else
+        said = {"text_side": name, "text_side_sha256": ""}
+        save_file(kept, own / "model.safetensors", metadata=said)
+        with pytest.raises(ModelError, match="has to lie beside it"):
+            HyperbolicEncoder.load_directory(own)
