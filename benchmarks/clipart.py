@@ -46,7 +46,7 @@ def main() -> None:
     drawings = read(a.folder)
     folders = sorted({f for f, _ in drawings})
     of = torch.tensor([folders.index(f) for f, _ in drawings])
-    print(f"{len(drawings)} drawings in {len(folders)} folders; a rank by chance has mAP {(of.bincount().double() / len(of)).mean():.3f}")
+    print(f"{len(drawings)} drawings in {len(folders)} folders; a rank by chance has mAP {by_chance(of):.3f}")
     print("| model | words: mAP, precision@10 | picture: mAP, best other of its folder | AUROC of the cone of "
           + ", ".join(f"{node} for {FOLDERS[f]}" for f, node in RISKS.items())
           + " | rated unsafe: " + ", ".join(FOLDERS[f] for f in RISKS) + ", others |")  # fmt: skip
@@ -109,6 +109,14 @@ def figures(distance: Tensor, relevant: Tensor) -> tuple[float, float]:
     found = hits.cumsum(0)
     ranks = torch.arange(1, len(hits) + 1)
     return float((found / ranks * hits).sum() / hits.sum().clamp(min=1)), float(hits[:10].mean())
+
+
+def by_chance(of: Tensor) -> float:
+    """Average precision of a random order, on average over the folders `of` drawings [n]."""
+    n = len(of)
+    harmonic = float((1 / torch.arange(1, n + 1, dtype=torch.double)).sum())
+    share = (of.bincount().double() - 1) / (n - 1)
+    return float((share * (n - harmonic) + harmonic).mean() / n)
 
 
 def mean(rows: list[tuple[float, float]], column: int) -> float:

@@ -70,19 +70,21 @@ def main() -> None:
     names = [row["name"] for row in rows]
     own, own_means, within = _own_classes(f, y)
     at = torch.tensor([names.index(n) for n in photo_names])[own]
-    means, worth = class_means(f, own_means, at, weights["_fc.weight"].double())
+    classifier = weights["_fc.weight"].double()
+    means, worth = class_means(f, own_means, at, classifier), left_out(f, y, at, classifier)
     means[at] = own_means
     linear = next(m for m in visual.head.modules() if isinstance(m, torch.nn.Linear))
     projection = _projection(f, means, within, linear.out_features)
     with torch.no_grad():
         linear.weight.copy_(projection)
-    encoder.save_directory(a.out)
     file = a.out.parent / "class_means.safetensors"
     listed = [(row["name"], row["hypernyms"].split("|")) for row in rows]
-    write_class_means(file, means @ projection.T, listed)
+    a.out.mkdir(parents=True, exist_ok=True)
+    write_class_means(file, means @ projection.T, listed, encoder.towers.image_digest())
+    encoder.save_directory(a.out)  # last: what is there is not made again
     print(f"{a.out}: {len(f)} pictures, {linear.out_features} components")
-    print(f"{file}: {len(means)} classes, of which {len(own)} by their pictures. Of the distance of a class from the mean of "
-          f"all, {worth:.2f} is found without its pictures (cosine, each class left out in turn of ten).")  # fmt: skip
+    print(f"{file}: {len(means)} classes, of which {len(own)} by their pictures. Cosine between true and told offset from the mean "
+          f"of all, for classes left out with their pictures: {worth:.2f}.")  # fmt: skip
 
 
 def _own_classes(f: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,8 +95,8 @@ def _own_classes(f: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return own, means, (f - means[inverse]).T.cov()
 
 
-def class_means(f: Tensor, own: Tensor, at: Tensor, rows: Tensor, ridge: float = 10.0) -> tuple[Tensor, float]:
-    """Where pictures of each class lie on average, told from the rows of the tower's own classifier.
+def class_means(f: Tensor, own: Tensor, at: Tensor, rows: Tensor, ridge: float = 10.0) -> Tensor:
+    """Where pictures of each class lie on average [C, F], told from the rows of the tower's own classifier.
 
     For Gaussian classes of one covariance the rows of a softmax classifier are the means seen through its
     inverse. So the rows, seen through the covariance of pictures, are taken to the means of the classes that
@@ -102,29 +104,29 @@ def class_means(f: Tensor, own: Tensor, at: Tensor, rows: Tensor, ridge: float =
 
     Args:
         f: features of pictures [N, F]. own: means [K, F] of the classes `at` [K]. rows: classifier [C, F].
-        ridge: chosen by leaving classes out.
-
-    Returns:
-        Means [C, F], and the mean cosine between true and told offsets of classes left out.
     """
     centre = f.mean(0)
     seen = (rows - rows.mean(0)) @ f.T.cov()
+    x, z = seen[at], own - centre
+    scale = (x * z).sum() / (x * x).sum()
+    kernel = x @ x.T
+    slack = ridge * kernel.diag().mean() * torch.eye(len(x), dtype=x.dtype)
+    weights = torch.linalg.solve(kernel + slack, z - scale * x)
+    return centre + scale * seen + seen @ x.T @ weights
 
-    def told(known: Tensor, asked: Tensor) -> Tensor:
-        x, z = seen[at[known]], own[known] - centre
-        scale = (x * z).sum() / (x * x).sum()
-        kernel = x @ x.T
-        slack = ridge * kernel.diag().mean() * torch.eye(len(x), dtype=x.dtype)
-        weights = torch.linalg.solve(kernel + slack, z - scale * x)
-        return scale * asked + asked @ x.T @ weights
 
-    everything = torch.arange(len(own))
+def left_out(f: Tensor, y: Tensor, at: Tensor, rows: Tensor) -> float:
+    """Mean cosine between true and told offsets of classes, a tenth of them left out with all their pictures in turn."""
+    own, true, _ = _own_classes(f, y)
     order = torch.randperm(len(own), generator=torch.Generator().manual_seed(0))
     cosines = []
     for fold in order.chunk(10):
-        known = everything[~torch.isin(everything, fold)]
-        cosines.append(torch.cosine_similarity(told(known, seen[at[fold]]), own[fold] - centre))
-    return centre + told(everything, seen), float(torch.cat(cosines).mean())
+        kept = ~torch.isin(y, own[fold])
+        known, means, _ = _own_classes(f[kept], y[kept])
+        told = class_means(f[kept], means, at[torch.isin(own, known)], rows)[at[fold]]
+        centre = f[kept].mean(0)
+        cosines.append(torch.cosine_similarity(told - centre, true[fold] - centre))
+    return float(torch.cat(cosines).mean())
 
 
 def _projection(f: Tensor, means: Tensor, within: Tensor, size: int) -> Tensor:

@@ -93,7 +93,10 @@ class StagesCLI(LightningCLI):
                 log.info("%s is there: %s is not run again", needed, config)
                 continue
             log.info("first %s, which makes %s", config, needed)
-            self.run_stage(config, settings)
+            if config.endswith(".py"):
+                _run_script(config, needed)
+            else:
+                self.run_stage(config, settings)
         self._set_seed()
 
     def run_stage(self, config: str, settings: Any) -> None:
@@ -101,18 +104,20 @@ class StagesCLI(LightningCLI):
         raise NotImplementedError
 
 
+def _run_script(script: str, export: str) -> None:
+    """Run a stage that is a script; it is called with the place of its export."""
+    done = subprocess.run([sys.executable, script, export], check=False)
+    if done.returncode:
+        raise ConfigError(
+            f"{script} ended with exit status {done.returncode}; its last lines say why. Mend that, or make "
+            f"{export} by hand."
+        )
+
+
 class EmbedCLI(StagesCLI):
-    """Trains towers, heads and cones. A stage that is a script is called with the place of its export."""
+    """Trains towers, heads and cones."""
 
     def run_stage(self, config: str, settings: Any) -> None:
-        if config.endswith(".py"):
-            done = subprocess.run([sys.executable, config, settings.before[config]], check=False)
-            if done.returncode:
-                raise ConfigError(
-                    f"{config} ended with exit status {done.returncode}; its last lines say why. Mend that, or "
-                    f"make {settings.before[config]} by hand."
-                )
-            return
         embed_main(["fit", "--config", config])
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

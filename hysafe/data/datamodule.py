@@ -182,7 +182,7 @@ class EmbedData(L.LightningDataModule):
         class_means: file of :func:`write_class_means`: classes of which there are no pictures here, and
             where the pictures of each lie on average in the features of the image tower.
         described: so many features a step are drawn about these means, for the taxonomy terms.
-        risky_described: how much more often those of a class of risk are drawn.
+        risky_described: how much more often those of a class are drawn that may be of risk.
     """
 
     def __init__(
@@ -213,6 +213,12 @@ class EmbedData(L.LightningDataModule):
         self.class_means, self.described = class_means, described
         self.risky_described = risky_described
         self.described_means: Tensor | None = None
+        self.described_by = ""
+        if class_means and (described < 1 or not 0 < risky_described < float("inf")):
+            raise ConfigError(
+                f"described {described}, risky_described {risky_described}: at least 1, and a number greater "
+                "than 0. Correct them."
+            )
         self.batch_weights = batch_weights or {}
         self.data_dir, self.image_size = data_dir, image_size
         self.image_batch, self.text_batch = image_batch, text_batch
@@ -377,17 +383,17 @@ class EmbedData(L.LightningDataModule):
 
     def _read_class_means(self, file: str) -> None:
         """Classes known by the mean of their pictures alone; those that have pictures here are passed over."""
-        means, classes = read_class_means(file)
+        means, classes, self.described_by = read_class_means(file)
         with_pictures = {*self.world.names, *self.exclude_classes}
         kept = [i for i, (name, _) in enumerate(classes) if name not in with_pictures]
+        if not kept:
+            raise ConfigError(
+                f"{file}: every class in it has pictures here. Leave class_means out."
+            )
         self.described_means = means[kept]
         self.described_candidates = torch.stack(
             [self.leaves.candidates(picture_nodes("tiny_imagenet", *classes[i])) for i in kept]
         )
-        if self.risky_described <= 0:
-            raise ConfigError(
-                f"risky_described {self.risky_described}: it is greater than 0. Correct it."
-            )
         risky = (self.described_candidates & self.leaves.risky).any(-1)
         self.described_weights = torch.where(risky, self.risky_described, 1.0)
 
@@ -563,41 +569,44 @@ def _mates(samples: Sequence[Sample]) -> Tensor:
 
 
 def write_class_means(
-    file: str | Path, means: Tensor, classes: Sequence[tuple[str, Sequence[str]]]
+    file: str | Path, means: Tensor, classes: Sequence[tuple[str, Sequence[str]]], tower: str = ""
 ) -> None:
     """Keep where classes of pictures lie in an image tower's features, for `EmbedData(class_means=)`.
 
     Args:
         file: safetensors. means: [C, E]. classes: name and hypernyms (root first) of each.
+        tower: :meth:`~hysafe.encoder.towers.Towers.image_digest` of that tower.
     """
     listed = json.dumps([[name, list(chain)] for name, chain in classes])
-    save_file({"means": means.float().contiguous()}, file, metadata={"classes": listed})
+    said = {"classes": listed, "tower": tower}
+    save_file({"means": means.float().contiguous()}, file, metadata=said)
 
 
-def read_class_means(file: str | Path) -> tuple[Tensor, list[tuple[str, tuple[str, ...]]]]:
-    """Means [C, E] of classes of pictures, with name and hypernyms of each.
+def read_class_means(
+    file: str | Path,
+) -> tuple[Tensor, list[tuple[str, tuple[str, ...]]], str]:
+    """Means [C, E] of classes of pictures, name and hypernyms of each, and the digest of the tower.
 
     Raises:
         ConfigError: there is no such file, or it is not one of :func:`write_class_means`.
     """
     try:
         with safe_open(file, framework="pt") as content:
-            means = content.get_tensor("means")
-            listed = json.loads((content.metadata() or {})["classes"])
+            means, said = content.get_tensor("means"), content.metadata() or {}
+        classes = [(str(name), tuple(chain)) for name, chain in json.loads(said["classes"])]
     except FileNotFoundError:
         raise ConfigError(
-            f"{file}: no such file; class_means names one of write_class_means."
+            f"{file}: no such file. Make class means with write_class_means, as benchmarks/wheel_tower.py does."
         ) from None
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{file}: no class means ({error}); make it with write_class_means."
         ) from None
-    classes = [(str(name), tuple(chain)) for name, chain in listed]
     if means.ndim != 2 or len(means) != len(classes):
         raise ConfigError(
             f"{file}: {tuple(means.shape)} means for {len(classes)} classes. Make it anew."
         )
-    return means, classes
+    return means, classes, said.get("tower", "")
 
 
 def held_out(picture: bytes) -> bool:

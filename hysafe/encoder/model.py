@@ -269,9 +269,16 @@ class HyperbolicEncoder(
                 (:meth:`take_text_side`).
 
         Raises:
-            ModelError: the folders are no siblings, or their text sides differ.
+            ModelError: the folders are no siblings or the same, their text sides differ, or `text_side` is an
+                image side alone itself.
         """
-        path, text_side = Path(path).absolute(), Path(text_side).absolute()
+        path, text_side = Path(path).resolve(), Path(text_side).resolve()
+        if path == text_side:
+            raise ModelError(f"{path}: that is the model itself. Give another folder beside it.")
+        if _said(text_side) is not None:
+            raise ModelError(
+                f"{text_side}: it has its texts and nodes from {_said(text_side)!r}. Name that one."
+            )
         if path.parent != text_side.parent:
             raise ModelError(
                 f"{path}: no sibling of {text_side}, so it cannot be found from there."
@@ -342,23 +349,26 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         ModelError: that folder is missing, or holds other weights than those that it was made with.
     """
-    with safe_open(folder / WEIGHTS, framework="pt") as content:
-        said = content.metadata() or {}
-    state = load_file(folder / WEIGHTS)
-    if TEXT_SIDE not in said:
+    state, name = load_file(folder / WEIGHTS), _said(folder)
+    if name is None:
         return state
-    name = said[TEXT_SIDE]
-    other = folder.parent / name / WEIGHTS
+    other = folder.resolve().parent / name / WEIGHTS
     if name in ("", ".", "..") or Path(name).name != name or not other.is_file():
         raise ModelError(
             f"{folder}: its texts and nodes are those of the model {name!r}, which has to lie beside it. Copy both."
         )
-    if _digest(other) != said.get(TEXT_DIGEST):
+    if _digest(other) != _said(folder, TEXT_DIGEST):
         raise ModelError(
             f"{folder}: {other} is not the file that this image side was made with. Copy both anew."
         )
     rest = {k: v for k, v in load_file(other).items() if not k.startswith(IMAGE_SIDE)}
     return {**rest, **state}
+
+
+def _said(folder: Path, key: str = TEXT_SIDE) -> str | None:
+    """What the header of a folder's weights says of its text side; None where it has its own."""
+    with safe_open(folder / WEIGHTS, framework="pt") as content:
+        return (content.metadata() or {}).get(key)
 
 
 def _digest(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""From a name to an encoder: ``mini``, a folder, a hub id, or any open_clip model lifted as it is."""
+"""From a name to an encoder: ``mini``, ``mini-photo``, a folder, a hub id, or any open_clip model lifted as it is."""
 
 from __future__ import annotations
 

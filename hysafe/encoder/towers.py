@@ -247,6 +247,17 @@ class Towers(nn.Module):
         base = "model.text.transformer."
         return {k: v for k, v in state.items() if not k.startswith(base) or self._is_trained(k)}
 
+    def image_digest(self) -> str:
+        """First 16 hex digits of the sha256 of the image tower's weights, in bfloat16."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.model.visual.state_dict().items()):
+            digest.update(name.encode())
+            rounded = (
+                value.detach().cpu().to(torch.bfloat16) if value.is_floating_point() else value
+            )
+            digest.update(rounded.reshape(-1).clone().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def lock_text(self) -> None:
         """Freeze the text tower except its adapter or the layers that are trained whole."""
         for name, parameter in self.text_module.named_parameters():
@@ -286,7 +297,7 @@ class Towers(nn.Module):
 
     def _read(self, folder: Path, part: str) -> dict[str, Tensor]:
         """Weights of one tower in a saved hysafe directory."""
-        from safetensors import safe_open
+        from hysafe.encoder.model import read_weights  # which imports this module
 
         file = folder / "model.safetensors"
         if not file.is_file():
@@ -296,12 +307,11 @@ class Towers(nn.Module):
             )
         prefix = f"model.{part}."
         target = {k: v for k, v in self.own_state().items() if k.startswith(prefix)}
-        with safe_open(file, "pt") as weights:
-            state = {
-                k.removeprefix("towers."): weights.get_tensor(k)
-                for k in weights.keys()  # noqa: SIM118 - safe_open is no mapping
-                if k.startswith(f"towers.{prefix}")
-            }
+        state = {
+            k.removeprefix("towers."): v
+            for k, v in read_weights(folder).items()
+            if k.startswith(f"towers.{prefix}")
+        }
         if set(state) != set(target) or not target:
             raise ModelError(f"{folder}: its {part} tower is not the one of this config.")
         # scalars are stored with one dimension; the mean of several is taken in full precision

@@ -322,7 +322,9 @@ def test_classes_without_pictures_teach_the_picture_head(tmp_path: Path) -> None
     often.setup()
     assert often.described_weights.tolist() == [8.0, 1.0]
     with pytest.raises(ConfigError, match="risky_described 0"):
-        EmbedData(**given, risky_described=0.0).setup()
+        EmbedData(**given, risky_described=0.0)
+    with pytest.raises(ConfigError, match="described 0"):
+        EmbedData(**given, described=0)
     fit("tiny", tmp_path / "first", "--trainer.logger", "false", "--model.lora_rank", "0")
     common = ("--trainer.logger", "false", "--model.lora_rank", "0", "--model.freeze_image", "true",
               "--model.image_views", "1", "--model.text_side_from", str(tmp_path / "first/model"))  # fmt: skip
@@ -346,9 +348,9 @@ def test_classes_without_pictures_teach_the_picture_head(tmp_path: Path) -> None
 def test_class_means_fit_the_tower_or_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "means.safetensors"
     write_class_means(file, torch.randn(3, 20), FAR_CLASSES)
-    means, classes = read_class_means(file)
+    means, classes, tower = read_class_means(file)
     assert means.shape == (3, 20)
-    assert classes == FAR_CLASSES
+    assert (classes, tower) == (FAR_CLASSES, "")
     frozen = (
         "--model.freeze_image",
         "true",
@@ -361,6 +363,12 @@ def test_class_means_fit_the_tower_or_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="one image tower"):
         fit("tiny", tmp_path / "a", *given)
     with pytest.raises(ConfigError, match="have 20 dimensions"):
+        fit("tiny", tmp_path / "a", *given, *frozen)
+    write_class_means(file, torch.randn(3, 384), FAR_CLASSES, "another")
+    with pytest.raises(ConfigError, match="another image tower"):
+        fit("tiny", tmp_path / "a", *given, *frozen)
+    write_class_means(file, torch.randn(1, 384), FAR_CLASSES[1:2])
+    with pytest.raises(ConfigError, match="every class in it has pictures"):
         fit("tiny", tmp_path / "a", *given, *frozen)
     with pytest.raises(ConfigError, match="no such file"):
         read_class_means(tmp_path / "none")

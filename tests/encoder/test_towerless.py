@@ -62,7 +62,7 @@ def test_a_folder_without_a_model_is_an_error(folder: Path, tmp_path: Path) -> N
 
 
 def test_an_image_side_alone_takes_the_rest_from_the_folder_beside_it(
-    folder: Path, tmp_path: Path
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, own = tmp_path / "base", tmp_path / "own"
     shutil.copytree(folder, base)
@@ -76,7 +76,11 @@ def test_an_image_side_alone_takes_the_rest_from_the_folder_beside_it(
     with pytest.raises(ModelError, match="no sibling"):
         encoder.save_image_side(tmp_path / "below" / "own", base)
     encoder.save_directory(tmp_path / "whole", tower_dtype=torch.bfloat16)
+    with pytest.raises(ModelError, match="the model itself"):
+        encoder.save_image_side(base, base)
     encoder.save_image_side(own, base)
+    with pytest.raises(ModelError, match="from 'base'"):
+        encoder.save_image_side(tmp_path / "third", own)
     kept = load_file(own / "model.safetensors")
     assert {k.split(".")[0] for k in kept} == {"towers", "heads"}
     assert not any("text" in k for k in kept)
@@ -84,13 +88,19 @@ def test_an_image_side_alone_takes_the_rest_from_the_folder_beside_it(
     first, whole, joined = (
         HyperbolicEncoder.load_directory(tmp_path / name) for name in ("base", "whole", "own")
     )
-    light = TowerlessEncoder(own)
+    monkeypatch.chdir(own)
+    light = TowerlessEncoder(".")
     assert joined.hash() == whole.hash() == light.hash() != first.hash()
     assert joined.text_hash() == first.text_hash() == light.text_hash()
     pixels = torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8)
     with torch.inference_mode():
         assert joined.encode_image(pixels).space.equal(whole.encode_image(pixels).space)
         assert joined.text_features(["hello"]).equal(first.text_features(["hello"]))
+
+    # its towers may be taken like those of a whole model
+    taker = HyperbolicEncoder(mini_architecture("resnet10t", image_size=48), dim=12)
+    taker.towers.take([own], "text")
+    taker.towers.take([own], "visual")
 
     # another file than the one that it was made with, or none
     other = HyperbolicEncoder.load_directory(base)
