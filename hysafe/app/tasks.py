@@ -334,7 +334,7 @@ class TaxonomyTask(EncoderTask):
                 f"class_means have {means.shape[1]} dimensions, the features of this tower "
                 f"{self.encoder.towers.embed_dim}: make them with the same tower."
             )
-        if data.described_by not in ("", self.encoder.towers.image_digest()):
+        if data.described_by and data.described_by != self.encoder.towers.image_digest():
             raise ConfigError(
                 f"{data.class_means}: made with another image tower than this one. Make it with the same."
             )
