@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,22 +21,15 @@ from hysafe.errors import ConfigError
 from hysafe.guard.corpus import Labelled
 from hysafe.guard.hub import Lora, PromptSettings
 
-TESTS = Path(__file__).resolve().parents[1]
-CONFIGS = TESTS.parent / "configs" / "guard"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "guard"
 # of every recipe: Lightning's bf16-true stumbles over a batch of ours, and would cast the adapters
 PRECISION = "32-true"
 
 
 @pytest.fixture(scope="module")
-def families() -> ModuleType:
+def families(load_script: Callable[[str], ModuleType]) -> ModuleType:
     """The tiny models of the decoder's own tests."""
-    spec = importlib.util.spec_from_file_location("hub_families", TESTS / "guard" / "test_hub.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["hub_families"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tests/guard/test_hub.py")
 
 
 @pytest.fixture(scope="module")

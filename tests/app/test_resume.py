@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import os
@@ -507,21 +506,10 @@ def test_an_output_needs_a_line_for_every_row(
 # ---------------------------------------------------------------- the benchmarks, in small
 
 
-def benchmark(name: str) -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look for it there
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_damaged_files_of_every_kind_have_a_row_each(
-    tmp_path: Path, tiny_model: SafetyModel
+    tmp_path: Path, tiny_model: SafetyModel, load_script: Callable[[str], ModuleType]
 ) -> None:
-    fuzz = benchmark("fuzz")
+    fuzz = load_script("benchmarks/fuzz.py")
     made = fuzz.write_files(tmp_path / "in", 90, seed=3)
     assert set(made) == {*fuzz.PICTURES, *fuzz.TABLES}
     counts, faults = fuzz.run(tmp_path / "in", tmp_path / "out", tiny_model, workers=0)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,15 +24,8 @@ SETTINGS = {"steps": 2, "batch": BATCH}
 
 
 @pytest.fixture(scope="module")
-def geometry() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "geometry.py"
-    spec = importlib.util.spec_from_file_location("geometry_benchmark", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def geometry(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("benchmarks/geometry.py")
 
 
 @pytest.fixture(scope="module")
