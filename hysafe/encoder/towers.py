@@ -247,17 +247,6 @@ class Towers(nn.Module):
         base = "model.text.transformer."
         return {k: v for k, v in state.items() if not k.startswith(base) or self._is_trained(k)}
 
-    def image_digest(self) -> str:
-        """First 16 hex digits of the sha256 of the image tower's weights, in bfloat16."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.model.visual.state_dict().items()):
-            digest.update(name.encode())
-            rounded = (
-                value.detach().cpu().to(torch.bfloat16) if value.is_floating_point() else value
-            )
-            digest.update(rounded.reshape(-1).clone().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
-
     def lock_text(self) -> None:
         """Freeze the text tower except its adapter or the layers that are trained whole."""
         for name, parameter in self.text_module.named_parameters():

@@ -51,6 +51,7 @@ from hysafe.score.novelty import (
     Radius,
     RelativeMahalanobis,
     StandIns,
+    class_means,
     describe,
     stand_in_scores,
 )
@@ -319,12 +320,11 @@ def _accuracies(
     case: Case, decay: float, heads: dict[tuple[Any, ...], LinearHead]
 ) -> dict[str, float]:
     """In-distribution accuracy: nearest class mean in both layers, and the baselines' head."""
-    classes, index = case.train_labels.unique(return_inverse=True)
+    classes = case.train_labels.unique()
     figures = {}
     for layer in ("points", "features"):
         x, y = (items.vectors(layer) for items in (case.train, case.test))  # type: ignore[arg-type]
-        means = torch.zeros(len(classes), x.shape[1], dtype=x.dtype).index_add_(0, index, x)
-        means /= index.bincount()[:, None]
+        means, _ = class_means(x, case.train_labels)
         found = classes[torch.cdist(y, means).argmin(-1)]
         figures[f"nearest mean, {layer}"] = float((found == case.test_labels).double().mean())
     x = case.train.vectors("features").float()

@@ -43,6 +43,7 @@ __all__ = [
     "RelativeMahalanobis",
     "StandIns",
     "class_folds",
+    "class_means",
     "describe",
     "load_scorer",
     "save_scorer",
@@ -267,7 +268,7 @@ class LorentzKNN(NoveltyScorer):
             if labels is None:
                 raise ShapeError(f"{self.name}: whitening is within classes. Give labels to fit.")
             x = items.vectors(self.layer)
-            means, index = _class_means(x, labels)
+            means, index = class_means(x, labels)
             # rows times the factor of the precision: identity covariance within classes
             self._map = (x.mean(0), _precision_factor(x - means[index], self.shrinkage))
         self._bank = self._lifted(items).space
@@ -317,7 +318,7 @@ class _Discriminant(NoveltyScorer):
     def _learn(self, items: Encoded, labels: Tensor) -> Tensor:
         """Learn centre and discriminants; returns the position of each item's class [B]."""
         x = items.vectors(self.layer)
-        means, index = _class_means(x, labels)
+        means, index = class_means(x, labels)
         if len(means) < LEAST_CLASSES:
             raise ShapeError(
                 f"{self.name}: {len(means)} classes have {len(means) - 1} discriminants, and directions "
@@ -432,7 +433,7 @@ class DiscriminantClasses(_Discriminant):
     def _fit(self, items: Encoded, labels: Tensor | None) -> None:
         assert labels is not None
         index = self._learn(items, labels)
-        means, _ = _class_means(self._directions(items), index)
+        means, _ = class_means(self._directions(items), index)
         self._means = F.normalize(means, dim=-1).float()
 
     def _score(self, items: Encoded) -> Tensor:
@@ -475,7 +476,7 @@ class Mahalanobis(NoveltyScorer):
     def _fit(self, items: Encoded, labels: Tensor | None) -> None:
         assert labels is not None
         x = items.vectors(self.layer)
-        self._means, index = _class_means(x, labels)
+        self._means, index = class_means(x, labels)
         self._factor = _precision_factor(x - self._means[index], self.shrinkage)
 
     def _score(self, items: Encoded) -> Tensor:
@@ -552,7 +553,7 @@ class ClassCones(NoveltyScorer):
 
     def _fit(self, items: Encoded, labels: Tensor | None) -> None:
         assert labels is not None
-        means, _ = _class_means(items.vectors("points"), labels)
+        means, _ = class_means(items.vectors("points"), labels)
         self._apexes = Points.from_tangent(
             self.share * means.to(items.points.space), items.points.c, items.points.geometry
         ).space
@@ -835,7 +836,7 @@ def _in_chunks(points: Points, known: Points, k: int) -> tuple[Tensor, Tensor]:
     return torch.cat([d for d, _ in parts]), torch.cat([i for _, i in parts])
 
 
-def _class_means(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def class_means(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Means [C, D] of the classes present, and each row's position among them [B]."""
     classes, index, counts = labels.unique(return_inverse=True, return_counts=True)
     total = torch.zeros(len(classes), x.shape[1], dtype=x.dtype, device=x.device)

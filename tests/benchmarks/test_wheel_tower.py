@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 
 
-def test_rows_of_a_classifier_tell_the_means_of_classes_without_pictures() -> None:
-    path = Path(__file__).parents[2] / "benchmarks" / "wheel_tower.py"
-    spec = importlib.util.spec_from_file_location("wheel_tower", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-
+def test_rows_of_a_classifier_tell_the_means_of_classes_without_pictures(
+    load_script: Callable[[str], ModuleType],
+) -> None:
+    module = load_script("benchmarks/wheel_tower.py")
     torch.manual_seed(0)
     classes, size, each = 90, 48, 100
     spread = torch.randn(size, size, dtype=torch.double) / size**0.5
@@ -34,7 +28,7 @@ def test_rows_of_a_classifier_tell_the_means_of_classes_without_pictures() -> No
     own, means, covariance = module._own_classes(f, y)
     assert own.tolist() == known.tolist()
     torch.testing.assert_close(covariance, within, atol=0.2, rtol=0.2)
-    told = module.class_means(f, means, known, rows)
+    told = module.told_means(f, means, known, rows)
     centre = f.mean(0)
     new = torch.cosine_similarity(told[60:] - centre, truth[60:] - centre)
     blind = torch.cosine_similarity(rows[60:], truth[60:] - centre)

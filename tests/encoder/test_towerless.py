@@ -57,7 +57,7 @@ def test_a_folder_without_a_model_is_an_error(folder: Path, tmp_path: Path) -> N
         TowerlessEncoder(tmp_path)
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ModelError, match="not a hysafe model"):
+    with pytest.raises(ModelError, match="not readable as safetensors"):
         TowerlessEncoder(tmp_path)
 
 
