@@ -2,7 +2,7 @@
 
 FOLDER holds Debian's clip art (`apt-get download openclipart-png`, `dpkg-deb -x openclipart-png_*.deb FOLDER`; in the public
 domain). Its drawings are sorted into folders; those below ask for the words beside them, and for one another: a picture asks
-for the others of its folder. One drawing of each file name is kept, on white. Distance alone ranks (pictures only here).
+for the others of its folder. One drawing of each file name is kept, on white. What is asked for is ranked by distance.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
+from torchmetrics.functional.retrieval import retrieval_average_precision, retrieval_precision
 
 from hysafe.app.pipeline import SafetyModel, load
 from hysafe.evaluate.metrics import detection
@@ -104,11 +105,9 @@ def encode(model: SafetyModel, images: list[Image.Image]) -> Points:
 
 
 def figures(distance: Tensor, relevant: Tensor) -> tuple[float, float]:
-    """Average precision, and precision among the first ten; an infinite distance is not ranked."""
-    hits = relevant[distance.argsort()[: int(distance.isfinite().sum())]].double()
-    found = hits.cumsum(0)
-    ranks = torch.arange(1, len(hits) + 1)
-    return float((found / ranks * hits).sum() / hits.sum().clamp(min=1)), float(hits[:10].mean())
+    """Average precision, and precision among the first ten; an infinite distance is not found."""
+    nearness = 1 / (1 + distance)  # torchmetrics finds what is above 0
+    return float(retrieval_average_precision(nearness, relevant)), float(retrieval_precision(nearness, relevant, top_k=10))
 
 
 def by_chance(of: Tensor) -> float:
