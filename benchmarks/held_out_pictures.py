@@ -21,7 +21,7 @@ def main() -> None:
     print("| model | pictures | top-1 | top-5 | tree-induced error | hierarchical precision |\n|---|---|---|---|---|---|")
     for name in a.models:
         model = load(name)
-        data = EmbedData(a.data, text_sets=[], rendered=4, image_size=model.encoder.image_size)
+        data = EmbedData(a.data, model.encoder.image_size, text_sets=[], rendered=4, held_out_only=True)
         data.setup()
         pictures, leaf = data.held_out_pictures, data.world.leaf_ids()
         photos = pictures.classes < data.photo_classes

@@ -120,7 +120,7 @@ def evaluate_card(
         model = load(model_name)
         module = modules.get(model.encoder.image_size)
         if module is None:
-            module = EmbedData(data_dir=data, image_size=model.encoder.image_size)
+            module = EmbedData(data, model.encoder.image_size, held_out_only=True)
             module.setup()
             modules[model.encoder.image_size] = module
         if fit:

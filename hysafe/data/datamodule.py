@@ -187,6 +187,7 @@ class EmbedData(L.LightningDataModule):
             where the pictures of each lie on average in the features of the image tower.
         described: so many features a step are drawn about these means, for the taxonomy terms.
         risky_described: how much more often those of a class are drawn that may be of risk.
+        held_out_only: of the training pictures only those are read that are kept from training (to judge a model).
     """
 
     def __init__(
@@ -212,10 +213,11 @@ class EmbedData(L.LightningDataModule):
         class_means: str | None = None,
         described: int = 256,
         risky_described: float = 1.0,
+        held_out_only: bool = False,
     ) -> None:
         super().__init__()
         self.class_means, self.described = class_means, described
-        self.risky_described = risky_described
+        self.risky_described, self.held_out_only = risky_described, held_out_only
         self.described_classes: Described | None = None
         if class_means and (described < 1 or not 0 < risky_described < float("inf")):
             raise ConfigError(
@@ -335,9 +337,12 @@ class EmbedData(L.LightningDataModule):
                         continue
                     names[label] = (s.extra["name"], s.extra["hypernyms"])
                     assert s.image is not None
-                    picture = to_pixels(decode(s.image), size)
                     if split == "train":
-                        held.append(held_out(s.image))
+                        kept = held_out(s.image)
+                        if self.held_out_only and not kept:
+                            continue
+                        held.append(kept)
+                    picture = to_pixels(decode(s.image), size)
                     target = (pixels, classes, nodes) if split == "train" else (
                         val_pixels, val_classes, val_nodes)  # fmt: skip
                     target[0].append(picture)
@@ -370,7 +375,9 @@ class EmbedData(L.LightningDataModule):
             self.described_classes = self._read_class_means(self.class_means)
         masks = {n: self.leaves.candidates(n) for n in {*nodes, *val_nodes}}
         candidates = torch.stack([masks[n] for n in nodes])
-        keep = ~torch.tensor(held) if len(held) > 200 else torch.ones(len(held), dtype=torch.bool)
+        # a quick run has no picture to spare
+        spare = self.held_out_only or len(held) > 200
+        keep = ~torch.tensor(held) if spare else torch.ones(len(held), dtype=torch.bool)
         stack, labels = np.stack(pixels), torch.tensor(classes)
         k = keep.numpy()
         self.train_pictures = Pictures(stack[k], labels[keep], candidates[keep])

@@ -161,6 +161,25 @@ def test_excluded_classes_are_nowhere_in_training(small_data: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_contrast")
+def test_pictures_to_train_on_need_not_be_read(small_data: Path) -> None:
+    options = {"data_dir": str(small_data), "image_size": 16, "text_sets": [], "rendered": 1}
+    whole, judged = EmbedData(**options), EmbedData(**options, held_out_only=True)
+    for data in (whole, judged):
+        data.setup()
+    assert judged.world.names == whole.world.names
+    for part in ("held_out_pictures", "validation_pictures"):
+        ours, all_of_them = getattr(judged, part), getattr(whole, part)
+        photos = [p.classes < whole.photo_classes for p in (ours, all_of_them)]
+        assert len(ours) > 0
+        assert (
+            ours.pixels[photos[0].numpy()].tobytes()
+            == all_of_them.pixels[photos[1].numpy()].tobytes()
+        )
+    assert not (judged.train_pictures.classes < judged.photo_classes).any()
+    assert (whole.train_pictures.classes < whole.photo_classes).any()
+
+
+@pytest.mark.usefixtures("small_contrast")
 def test_pictures_of_held_out_classes_are_novel_and_nowhere_else(
     small_data: Path, tiny_model
 ) -> None:  # type: ignore[no-untyped-def]
