@@ -24,6 +24,7 @@ from hysafe.data.images import decode, to_pixels
 from hysafe.data.joined import join_texts
 from hysafe.data.label_map import permissive_sets, picture_nodes
 from hysafe.data.leaves import LeafSpace
+from hysafe.data.misspelt import misspelt_texts
 from hysafe.data.posts import digest, read_posts, was_read
 from hysafe.data.rendered import render_text_pictures
 from hysafe.data.screens import screen_texts
@@ -54,6 +55,7 @@ TEXT_WEIGHTS = {
     "joined": 0.05,
     "everyday": 0.08,
     "screens": 0.08,
+    "misspelt": 0.3,
     "posts": 0.35,
 }
 
@@ -174,6 +176,7 @@ class EmbedData(L.LightningDataModule):
             (:func:`~hysafe.data.everyday.everyday_texts`).
         screens: number of texts among the rows of a screen or sign
             (:func:`~hysafe.data.screens.screen_texts`).
+        misspelt: number of texts in another spelling (:func:`~hysafe.data.misspelt.misspelt_texts`).
         posts: read posts of public sets as readers judged them (:func:`~hysafe.data.posts.read_posts`)
             instead of as their own labels have them.
         risky_posts: how much more often a risky post is drawn than a harmless one; of those that
@@ -214,6 +217,7 @@ class EmbedData(L.LightningDataModule):
         described: int = 256,
         risky_described: float = 1.0,
         held_out_only: bool = False,
+        misspelt: int = 0,
     ) -> None:
         super().__init__()
         self.class_means, self.described = class_means, described
@@ -228,6 +232,7 @@ class EmbedData(L.LightningDataModule):
         self.data_dir, self.image_size = data_dir, image_size
         self.image_batch, self.text_batch = image_batch, text_batch
         self.joined, self.everyday, self.screens = joined, everyday, screens
+        self.misspelt = misspelt
         self.with_mates, self.posts, self.risky_posts = with_mates, posts, risky_posts
         self.pictures, self.rendered, self.limit, self.seed = pictures, rendered, limit, seed
         self.text_sets = list(permissive_sets()) if text_sets is None else text_sets
@@ -284,6 +289,8 @@ class EmbedData(L.LightningDataModule):
         whole = [s for v in train.values() for s in v]
         if self.joined:
             train["joined"] = join_texts(whole, self.joined, seed=self.seed)
+        if self.misspelt:
+            train["misspelt"] = misspelt_texts(whole, self.misspelt, seed=self.seed)
         if self.screens:
             count = min(self.screens, self.limit or self.screens)
             train["screens"] = screen_texts(whole, data_root(self.data_dir), count, seed=self.seed)
@@ -415,7 +422,7 @@ class EmbedData(L.LightningDataModule):
         texts = [
             str(s.text)
             for s in self.train_texts.samples
-            if s.source not in ("everyday", "screens", "posts")
+            if s.source not in ("everyday", "screens", "posts", "misspelt")
         ]
         chosen = [rng.choice(texts) for _ in range(self.rendered)]
         made = [
