@@ -26,12 +26,12 @@ from hysafe.app.pipeline import (
     DIGITS,
     LIST_FROM,
     NOT_JUDGED,
+    NOT_READ_WHOLE,
     RANK,
     TEXT_PICTURE_NODE,
     TEXT_PICTURE_SHARE,
     TEXT_READ,
     TEXT_UNREAD,
-    TOO_LONG,
     SafetyModel,
     rounded,
 )
@@ -236,7 +236,7 @@ class ColumnJudge:
         word, row = self._rated(said), said.row
         if len(batch["cut"].flatten()):
             cut = np.array([name in c for c in batch["cut"].to_pylist()])[row]
-            word[cut & (self._ranks()[word] == 0)] = self._word(TOO_LONG)
+            word[cut & (self._ranks()[word] == 0)] = self._word(NOT_READ_WHOLE)
         if said.text_picture.any():
             seen = said.text_picture & (self._ranks()[word] < RANK["unsafe"])
             read = pc.not_equal(batch["read_text"], "").to_numpy(zero_copy_only=False)[row]

@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 # A node is listed for an item from this score on.
 LIST_FROM = 0.1
-# Longer texts are read through this many windows; what lies beyond makes the item `review`.
+# Longer texts are read through this many windows; what lies beyond cannot be safe.
 MAX_WINDOWS = 32
 # Tokens of a window left for the two special tokens and for words that split unevenly.
 WINDOW_SLACK = 8
@@ -59,7 +59,10 @@ RANK: dict[Rating, int] = {"safe": 0, "review": 1, "unsafe": 2}
 TEXT_PICTURE_NODE = "S.b11"
 TEXT_PICTURE_SHARE = 0.5
 # Ratings with their reasons that no score alone leads to.
-TOO_LONG: tuple[Rating, str] = ("review", "too long to read whole")
+NOT_READ_WHOLE: tuple[Rating, str] = (
+    "review",
+    "not read whole: too long, or in letters that the model does not know",
+)
 TEXT_READ: tuple[Rating, str] = ("safe", "a picture of text, judged by what it says")
 TEXT_UNREAD: tuple[Rating, str] = ("review", "a picture of text that was not read (OCR is off)")
 NOT_JUDGED = ErrorRecord("InputError", "nothing to judge: no picture, no text")
@@ -543,7 +546,7 @@ class SafetyModel:
         ]  # fmt: skip
 
     def _encode_long(self, texts: dict[int, str]) -> dict[int, tuple[np.ndarray, bool]]:
-        """Tangent vectors [W, D] of each text's windows, and whether its end was left out."""
+        """Tangent vectors [W, D] of each text's windows, and whether some of it was not read."""
         if not texts:
             return {}
         rows = list(texts)
@@ -556,7 +559,7 @@ class SafetyModel:
             windows += parts
             lengths += [min(count, limit)] * len(parts)
             sizes.append(len(parts))
-            truncated.append(beyond)
+            truncated.append(beyond or not self.encoder.towers.reads(texts[row]))
         vectors = self._encode_windows(windows, lengths)
         split = np.split(vectors, np.cumsum(sizes)[:-1])
         return dict(zip(rows, zip(split, truncated, strict=True), strict=True))
@@ -723,7 +726,7 @@ class SafetyModel:
                 channel.risk[k], channel.over[k], channel.novelty[k].distribution
             )
             if rating == "safe" and name in item.cut:
-                rating, reason = TOO_LONG
+                rating, reason = NOT_READ_WHOLE
             if name == "image" and rating != "unsafe" and written is not None and written[k]:
                 # The picture channel alone cannot clear a picture of text, and need not suspect
                 # one that was read.

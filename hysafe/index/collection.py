@@ -110,7 +110,7 @@ class EncodedItem:
         id, source, modality, content_hash, error: as in :class:`hysafe.types.Item`.
         points: tangent vectors [W, D] by channel (``image``, ``text``, ``ocr``); W > 1 where a
             long text went through several windows.
-        cut: channels whose text was too long to be read whole.
+        cut: channels whose text was not read whole.
         text: the item's own text. read_text: what was read in its picture.
     """
 

@@ -222,6 +222,17 @@ def test_long_text_goes_through_windows(tiny_model: SafetyModel) -> None:
     assert glued.p_unsafe is not None
 
 
+def test_letters_that_the_tower_does_not_know_are_never_cleared() -> None:
+    mini = load("mini")
+    foreign = mini.moderate(texts=["Я люблю тебя", "早上好", "good morning, доброе утро"])
+    for result in foreign:
+        assert result.rating == "review"
+        assert result.channels["reason"].startswith("not read whole")
+    plain, disguised = mini.moderate(texts=["good morning", "ｇｏｏｄ ｍоrnіng"])
+    assert plain.p_unsafe == disguised.p_unsafe
+    assert plain.rating == disguised.rating == "safe"
+
+
 def test_riskier_channel_counts(tiny_model: SafetyModel) -> None:
     item = Item("a", "s", "image+text", text="hello", image=png(), content_hash="h")
     (judged,) = tiny_model.judge([item], options=ScanOptions(8, 0))
