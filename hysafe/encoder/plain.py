@@ -32,9 +32,13 @@ WORD = re.compile(r"[^\W\d_]+")
 APART = re.compile(r"(?<![^\W_])[^\W\d_](?:([ .\-_*·•|/\\~])[^\W\d_])(?:\1[^\W\d_])+(?![^\W_])")
 # From six letters on they are put together though they make no word that is known.
 LONG = 6
+# Longer than a word is but for a few.
+RUN = re.compile(r"[A-Za-z]{24,}")
+LONGEST = 20
 # A word with digits or signs among its letters, but no number, ordinal, unit or version.
 DISGUISED = re.compile(
-    r"(?<![\w@#/.$])(?=\S*[a-z])(?=\S*[\d@$!|+])[a-z\d$][a-z\d@$!|+]*[a-z\d$](?![\w/])", re.I
+    r"(?<![\w@#/.$])(?=\S{0,40}[a-z])(?=\S{0,40}[\d@$!|+])[a-z\d$][a-z\d@$!|+]*[a-z\d$](?![\w/])",
+    re.I,
 )
 COUNTED = re.compile(r"\d+[a-z]{1,3}|[a-z]{1,3}\d+|[\d$@!|+]+", re.I)
 SIGNS = {
@@ -43,6 +47,7 @@ SIGNS = {
 }  # fmt: skip
 MOST_DOUBTS = 4
 LATIN = frozenset("abcdefghijklmnopqrstuvwxyzßæœþðªºłøđħı")
+# Of less than three letters most words that a tower knows are parts of others.
 SHORT = frozenset(
     [
         "a",
@@ -79,7 +84,7 @@ def plain(text: str, words: Container[str] = ()) -> str:
     """The text in plain letters; one that is in plain letters is returned as it is.
 
     Full-width, mathematical and circled letters become letters; letters of another script that look like Latin
-    ones do, in words that have Latin letters too and in texts that have no other; letters with a mark between them are put together;
+    ones do, in words that have Latin letters too and in texts that have no other; letters with a mark between them are put together, words without spaces taken apart;
     signs that stand for letters are read where that makes one of `words`.
 
     Args:
@@ -90,6 +95,7 @@ def plain(text: str, words: Container[str] = ()) -> str:
         text = "".join(map(_compatible, text))
         text = _folded(text)
     text = APART.sub(lambda m: _together(m[0], words), text)
+    text = RUN.sub(lambda m: m[0] if m[0].lower() in words else _in_words(m[0], words), text)
     return DISGUISED.sub(lambda m: _undisguised(m[0], words), text)
 
 
@@ -133,16 +139,23 @@ def _together(spaced: str, known: Container[str]) -> str:
 
 def _in_words(letters: str, known: Container[str]) -> str:
     """Letters without spaces as words that are known, long ones before short ones; as they are where they make none."""
-    best: list[tuple[int, str] | None] = [(0, "")]
+    # score and beginning of the last word of the best parting of the first letters
+    best: list[tuple[int, int] | None] = [(0, 0)]
     for end in range(1, len(letters) + 1):
         found = []
-        for start in range(max(0, end - 20), end):
-            before, word = best[start], letters[start:end]
-            if before is not None and word.lower() in (SHORT if len(word) < 3 else known):
-                found.append((before[0] + len(word) ** 2, f"{before[1]} {word}"))
+        for start in range(max(0, end - LONGEST), end):
+            before, word = best[start], letters[start:end].lower()
+            if before is not None and word in (SHORT if len(word) < 3 else known):
+                found.append((before[0] + len(word) ** 2, start))
         best.append(max(found) if found else None)
-    whole = best[-1]
-    return letters if whole is None else whole[1].strip()
+    words, end = [], len(letters)
+    while end:
+        last = best[end]
+        if last is None:
+            return letters
+        words.append(letters[last[1] : end])
+        end = last[1]
+    return " ".join(reversed(words))
 
 
 def _undisguised(word: str, known: Container[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import unicodedata
 
 import pytest
@@ -72,6 +73,22 @@ def test_letters_apart_are_words_where_they_make_some() -> None:
     assert plain("x y z", WORDS) == "x y z"
     # a long word that is not known, whole: parts of two letters that mean nothing are no words
     assert plain("s p o i l e r", WORDS) == "spoiler"
+
+
+def test_words_without_spaces_are_taken_apart() -> None:
+    assert plain("theywillkillyouattheschool", WORDS) == "they will kill you at the school"
+    assert plain("#KillEverySoldierAtTheSchool!", WORDS) == "#Kill Every Soldier At The School!"
+    # a long word is no run of words
+    assert plain("electroencephalogram", WORDS) == "electroencephalogram"
+
+
+@pytest.mark.parametrize(
+    "piece", ["a.", "a-", "k i l l ", "a1", "a!", "!", "1", "kill", "кіll ", "а", "𝐤", "$a-"]
+)
+def test_time_grows_with_the_length(piece: str) -> None:
+    start = time.perf_counter()
+    plain(piece * (400_000 // len(piece)), WORDS)
+    assert time.perf_counter() - start < 20  # seconds; hours where it grew with the square
 
 
 def test_look_alikes_are_letters_for_letters() -> None:
