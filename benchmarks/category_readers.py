@@ -38,7 +38,9 @@ def main() -> None:
             best = model.encode_text([str(s.text) for s in sentences]).margin(apexes)[:, leaves].argmax(-1)
         said[name] = [table.ids[int(leaves[i])] for i in best]
     sure = [x == y == z for x, y, z in zip(said["reader a"], said["reader b"], label, strict=True)]
-    print(f"{len(sentences)} sentences; both readers give the label of {sum(sure)}")
+    pairs = list(zip(said["reader a"], said["reader b"], strict=True))
+    same = sum(x == y for x, y in pairs) / len(pairs), sum(parents[x] == parents[y] for x, y in pairs) / len(pairs)
+    print(f"{len(sentences)} sentences; both readers give the label of {sum(sure)}, and the same category and domain {same[0]:.3f}, {same[1]:.3f}")
     print("| | category, domain as labelled | where both readers give the label | elsewhere |\n|---|---|---|---|")
     for name in [n for n in said if n != "label"]:
         shares = []

@@ -13,8 +13,9 @@ from collections.abc import Callable
 
 import torch
 
-from hysafe.app.card import _core
+from hysafe.app.card import _core, _Texts
 from hysafe.app.pipeline import SafetyModel, load
+from hysafe.data.contrast import core_set
 from hysafe.evaluate.metrics import detection
 
 LEET = str.maketrans("aeiost", "431057")
@@ -93,6 +94,7 @@ def main() -> None:
     print("| texts |" + "".join(f" {name}, letter for letter | {name} |" for name in a.models))
     print("|---|" + "---|---|" * len(a.models))
     models = [load(name) for name in a.models]
+    every = [str(s.text) for s in core_set()]
     for manner, change in MANNERS.items():
         rng = random.Random(0)
         written = [change(t, rng) for t in texts.texts]
@@ -105,9 +107,12 @@ def main() -> None:
             towers._plain, towers.reads = reads
             cells.append(judged(model, written, texts))
         print(f"| {manner} | {' | '.join(cells)} |", flush=True)
+    for name, model in zip(a.models, models, strict=True):
+        others = sum(x != y for x, y in zip(every, model.encoder.towers._plain(every), strict=True))
+        print(f"\n{name}: of the {len(every)} short sentences of the contrast set {others} are not read letter for letter.")
 
 
-def judged(model: SafetyModel, written: list[str], texts: object) -> str:
+def judged(model: SafetyModel, written: list[str], texts: _Texts) -> str:
     table, apexes = model.place(model.view())
     leaves = table.leaves[table.risk]
     unsafe, categories = texts.unsafe, texts.categories()

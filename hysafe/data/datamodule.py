@@ -290,7 +290,8 @@ class EmbedData(L.LightningDataModule):
         if self.joined:
             train["joined"] = join_texts(whole, self.joined, seed=self.seed)
         if self.misspelt:
-            train["misspelt"] = misspelt_texts(whole, self.misspelt, seed=self.seed)
+            count = min(self.misspelt, self.limit or self.misspelt)
+            train["misspelt"] = misspelt_texts(whole, count, seed=self.seed)
         if self.screens:
             count = min(self.screens, self.limit or self.screens)
             train["screens"] = screen_texts(whole, data_root(self.data_dir), count, seed=self.seed)

@@ -14,7 +14,7 @@ __all__ = ["misspell", "misspelt_texts"]
 
 # A longer text keeps enough words that are spelt well.
 MOST_WORDS = 60
-LOOK_ALIKES = {
+SIGNS = {
     "a": "4@", "b": "8", "e": "3", "g": "9", "i": "1!", "l": "1|", "o": "0", "s": "5$", "t": "7+", "u": "v", "z": "2",
 }  # fmt: skip
 NEIGHBOURS = {
@@ -28,70 +28,14 @@ VOWELS = "aeiou"
 WORD = re.compile(r"[^\W\d_]{4,}")
 # Those that carry little are changed less often.
 COMMON = frozenset(
-    [
-        "about",
-        "after",
-        "also",
-        "always",
-        "and",
-        "are",
-        "because",
-        "been",
-        "before",
-        "being",
-        "could",
-        "does",
-        "doing",
-        "each",
-        "even",
-        "every",
-        "from",
-        "going",
-        "have",
-        "here",
-        "into",
-        "just",
-        "like",
-        "made",
-        "make",
-        "many",
-        "more",
-        "most",
-        "much",
-        "need",
-        "only",
-        "other",
-        "over",
-        "please",
-        "really",
-        "should",
-        "some",
-        "such",
-        "than",
-        "that",
-        "their",
-        "them",
-        "then",
-        "there",
-        "these",
-        "they",
-        "this",
-        "those",
-        "through",
-        "very",
-        "want",
-        "were",
-        "what",
-        "when",
-        "where",
-        "which",
-        "while",
-        "will",
-        "with",
-        "would",
-        "your",
-    ]
-)
+    (
+        "about", "after", "also", "always", "and", "are", "because", "been", "before", "being", "could", "does",
+        "doing", "each", "even", "every", "from", "going", "have", "here", "into", "just", "like", "made", "make",
+        "many", "more", "most", "much", "need", "only", "other", "over", "please", "really", "should", "some",
+        "such", "than", "that", "their", "them", "then", "there", "these", "they", "this", "those", "through",
+        "very", "want", "were", "what", "when", "where", "which", "while", "will", "with", "would", "your",
+    )
+)  # fmt: skip
 
 
 def misspelt_texts(samples: Sequence[Sample], count: int, *, seed: int = 0) -> list[Sample]:
@@ -117,7 +61,7 @@ def misspelt_texts(samples: Sequence[Sample], count: int, *, seed: int = 0) -> l
 
 
 def misspell(text: str, rng: random.Random) -> str:
-    """The text in one of ten manners of spelling, at least one word of it where it has one of four letters."""
+    """The text in one of several manners of spelling, at least one word of it where it has one of four letters."""
     return rng.choice(MANNERS)(text, rng)
 
 
@@ -151,14 +95,12 @@ def _slips(text: str, rng: random.Random) -> str:
     return _words(text, rng, rng.uniform(0.1, 0.5), slip)
 
 
-def _look_alikes(text: str, rng: random.Random) -> str:
+def _signs(text: str, rng: random.Random) -> str:
     share = rng.choice((0.4, 0.7, 1.0))
 
     def swapped(word: str) -> str:
         letters = [
-            rng.choice(LOOK_ALIKES[c.lower()])
-            if c.lower() in LOOK_ALIKES and rng.random() < share
-            else c
+            rng.choice(SIGNS[c.lower()]) if c.lower() in SIGNS and rng.random() < share else c
             for c in word
         ]
         return "".join(letters)
@@ -174,11 +116,6 @@ def _masked(text: str, rng: random.Random) -> str:
         return "".join(mark if i in hidden else c for i, c in enumerate(word))
 
     return _words(text, rng, rng.uniform(0.05, 0.3), masked)
-
-
-def _spaced(text: str, rng: random.Random) -> str:
-    mark = rng.choice(BETWEEN)
-    return _words(text, rng, rng.uniform(0.05, 0.25), lambda word: mark.join(word))
 
 
 def _parted(text: str, rng: random.Random) -> str:
@@ -224,10 +161,10 @@ def _bare(text: str, rng: random.Random) -> str:
 
 
 def _twice(text: str, rng: random.Random) -> str:
-    first, second = rng.sample((_slips, _look_alikes, _masked, _parted, _clipped), 2)
+    first, second = rng.sample((_slips, _signs, _masked, _parted, _clipped), 2)
     return second(first(text, rng), rng)
 
 
 MANNERS: tuple[Callable[[str, random.Random], str], ...] = (
-    _slips, _slips, _look_alikes, _masked, _spaced, _parted, _run_together, _stretched, _clipped, _bare, _twice,
+    _slips, _slips, _signs, _masked, _parted, _run_together, _stretched, _clipped, _bare, _twice,
 )  # fmt: skip

@@ -22,7 +22,7 @@ from hysafe.geometry import BoundedScalar, Curvature, Points
 __all__ = ["PREPROCESSING_VERSION", "HyperbolicEncoder", "bank_hash", "state_hash"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-# Part of every model's hash: raise it when the pixels a tower sees change.
+# Part of every model's hash: raise it when the pixels or the letters that a tower sees change.
 PREPROCESSING_VERSION = 2
 # What texts and nodes do not depend on.
 IMAGE_SIDE = ("towers.model.visual.", "heads.image.")

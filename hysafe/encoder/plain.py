@@ -37,10 +37,9 @@ RUN = re.compile(r"[A-Za-z]{24,}")
 LONGEST = 20
 # A word with digits or signs among its letters, but no number, ordinal, unit or version.
 DISGUISED = re.compile(
-    r"(?<![\w@#/.$])(?=\S{0,40}[a-z])(?=\S{0,40}[\d@$!|+])[a-z\d$][a-z\d@$!|+]*[a-z\d$](?![\w/])",
-    re.I,
+    r"(?<![\w@#/.$])(?=[a-z]*[\d@$!|+])[a-z\d$][a-z\d@$!|+]+[a-z\d$](?![\w/])", re.I
 )
-COUNTED = re.compile(r"\d+[a-z]{1,3}|[a-z]{1,3}\d+|[\d$@!|+]+", re.I)
+COUNTED = re.compile(r"\d+[a-z]{1,3}|[a-z]{1,3}\d+", re.I)
 SIGNS = {
     "0": "o", "1": "il", "3": "e", "4": "a", "5": "s", "7": "t", "8": "b", "9": "g",
     "@": "a", "$": "s", "!": "i", "|": "il", "+": "t",
@@ -49,43 +48,22 @@ MOST_DOUBTS = 4
 LATIN = frozenset("abcdefghijklmnopqrstuvwxyzßæœþðªºłøđħı")
 # Of less than three letters most words that a tower knows are parts of others.
 SHORT = frozenset(
-    [
-        "a",
-        "i",
-        "am",
-        "an",
-        "as",
-        "at",
-        "be",
-        "by",
-        "do",
-        "go",
-        "he",
-        "if",
-        "in",
-        "is",
-        "it",
-        "me",
-        "my",
-        "no",
-        "of",
-        "on",
-        "or",
-        "so",
-        "to",
-        "up",
-        "us",
-        "we",
-    ]
-)
+    (
+        "a", "i", "am", "an", "as", "at", "be", "by", "do", "go", "he", "if", "in", "is", "it", "me", "my", "no", "of",
+        "on", "or", "so", "to", "up", "us", "we",
+    )
+)  # fmt: skip
+# Kinds of characters that may be a letter in another form.
+FORMS = ("Lu", "Ll", "Lo", "Lm", "Nd", "So")
 
 
 def plain(text: str, words: Container[str] = ()) -> str:
     """The text in plain letters; one that is in plain letters is returned as it is.
 
     Full-width, mathematical and circled letters become letters; letters of another script that look like Latin
-    ones do, in words that have Latin letters too and in texts that have no other; letters with a mark between them are put together, words without spaces taken apart;
-    signs that stand for letters are read where that makes one of `words`.
+    ones do, in words that have Latin letters too and in texts that have no other; letters with a mark between
+    them are put together, long runs of words without spaces taken apart; signs that stand for letters are read
+    where that makes one of `words`.
 
     Args:
         words: lower-case words that a tower knows whole.
@@ -122,12 +100,12 @@ def _folded(text: str) -> str:
 
 @lru_cache(4096)
 def _compatible(letter: str) -> str:
-    """The letter or digit that one in another form stands for; superscripts and signs stay."""
-    if letter.isascii() or unicodedata.category(letter) not in ("Lu", "Ll", "Lo", "Lm", "Nd", "So"):
-        full_width = "\uff01" <= letter <= "\uff5e"
-        return chr(ord(letter) - 0xFEE0) if full_width else letter
-    form = unicodedata.normalize("NFKC", letter)
-    return form if form.isascii() and form.isalnum() and len(form) == 1 else letter
+    """The letters or the digit that one in another form stands for; superscripts and signs stay."""
+    if "\uff01" <= letter <= "\uff5e":  # full width
+        return chr(ord(letter) - 0xFEE0)
+    kind, form = unicodedata.category(letter), unicodedata.normalize("NFKC", letter)
+    stands_for_it = form.isascii() and form.isalnum() and (len(form) == 1 or kind[0] == "L")
+    return form if kind in FORMS and stands_for_it else letter
 
 
 def _together(spaced: str, known: Container[str]) -> str:
@@ -160,9 +138,9 @@ def _in_words(letters: str, known: Container[str]) -> str:
 
 def _undisguised(word: str, known: Container[str]) -> str:
     signs = sum(c in SIGNS for c in word)
-    if not 0 < 3 * signs <= 2 * len(word) or len(word) < 3 or COUNTED.fullmatch(word):
+    if signs == 0 or 3 * signs > 2 * len(word) or COUNTED.fullmatch(word):
         return word
     read = [SIGNS.get(c, c) for c in word.lower()]
-    if sum(len(r) > 1 for r in read) > MOST_DOUBTS:
+    if sum(len(letters) > 1 for letters in read) > MOST_DOUBTS:
         return word
     return next((w for w in map("".join, product(*read)) if w in known), word)
