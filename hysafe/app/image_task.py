@@ -107,6 +107,10 @@ class ImageTowerTask(EncoderTask):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, EmbedData):
             raise ConfigError("ImageTowerTask trains on EmbedData.")
+        if data.class_means:
+            raise ConfigError(
+                "ImageTowerTask has no use for class_means. Leave them out, or train heads."
+            )
         return data
 
     def training_step(self, batch: Any, index: int) -> Tensor:

@@ -67,6 +67,10 @@ class TextTowerTask(EncoderTask):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, EmbedData):
             raise ConfigError("TextTowerTask trains on EmbedData.")
+        if data.class_means:
+            raise ConfigError(
+                "TextTowerTask has no use for class_means. Leave them out, or train heads."
+            )
         return data
 
     def classify(self, features: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import subprocess
 import sys
@@ -94,7 +95,7 @@ class StagesCLI(LightningCLI):
                 continue
             log.info("first %s, which makes %s", config, needed)
             if config.endswith(".py"):
-                _run_script(config, needed)
+                _run_script(config, needed, data_dir_of(settings))
             else:
                 self.run_stage(config, settings)
         self._set_seed()
@@ -104,9 +105,19 @@ class StagesCLI(LightningCLI):
         raise NotImplementedError
 
 
-def _run_script(script: str, export: str) -> None:
+def data_dir_of(settings: Any) -> str | None:
+    """The folder of development data that a configuration names."""
+    data = settings.get("data") or {}
+    found = (data.get("init_args") or data).get("data_dir")
+    return None if found is None else str(found)
+
+
+def _run_script(script: str, export: str, data_dir: str | None) -> None:
     """Run a stage that is a script; it is called with the place of its export."""
-    done = subprocess.run([sys.executable, script, export], check=False)
+    where = {} if data_dir is None else {"HYSAFE_DATA": data_dir}
+    done = subprocess.run(
+        [sys.executable, script, export], check=False, env={**os.environ, **where}
+    )
     if done.returncode:
         raise ConfigError(
             f"{script} ended with exit status {done.returncode}; its last lines say why. Mend that, or make "
@@ -118,7 +129,9 @@ class EmbedCLI(StagesCLI):
     """Trains towers, heads and cones."""
 
     def run_stage(self, config: str, settings: Any) -> None:
-        embed_main(["fit", "--config", config])
+        data_dir = data_dir_of(settings)
+        given = [] if data_dir is None else ["--data.init_args.data_dir", data_dir]
+        embed_main(["fit", "--config", config, *given])
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         kwargs.setdefault("callbacks", [])

@@ -14,8 +14,9 @@ import torch
 import yaml
 from PIL import Image
 
-from hysafe.app.image_task import ancestor_cross_entropy, colour_jitter, paste_box
+from hysafe.app.image_task import ImageTowerTask, ancestor_cross_entropy, colour_jitter, paste_box
 from hysafe.app.tasks import EncoderTask, TaxonomyTask, random_resized_crop_flip
+from hysafe.app.text_task import TextTowerTask
 from hysafe.app.training import embed_main
 from hysafe.data.class_means import ClassMeans
 from hysafe.data.datamodule import EmbedData, _Batches
@@ -205,6 +206,38 @@ def test_a_stage_may_be_a_script(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="exit status 3"):
         fit("tiny", tmp_path / "heads", "--trainer.logger", "false",
             "--before", yaml.safe_dump({str(script): str(tmp_path / "no")}, default_flow_style=True))  # fmt: skip
+
+
+def test_stages_read_the_data_of_the_one_that_asks_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HYSAFE_DATA", raising=False)
+    data, script = tmp_path / "data", tmp_path / "make.py"
+    data.mkdir()
+    script.write_text("import os, sys\nopen(sys.argv[1], 'w').write(os.environ['HYSAFE_DATA'])\n")
+    stage = yaml.safe_load((CONFIGS / "tiny.yaml").read_text())
+    stage["trainer"].update(logger=False, default_root_dir=str(tmp_path / "first"))
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump(stage))
+    before = {
+        str(tmp_path / "first.yaml"): str(tmp_path / "first/model"),
+        str(script): str(tmp_path / "made"),
+    }
+    fit("tiny", tmp_path / "heads", "--trainer.logger", "false", "--data.data_dir", str(data),
+        "--before", yaml.safe_dump(before, default_flow_style=True, width=10_000))  # fmt: skip
+    assert (tmp_path / "made").read_text() == str(data)
+    used = yaml.safe_load((tmp_path / "first/config.yaml").read_text())
+    assert used["data"]["init_args"]["data_dir"] == str(data)
+
+
+@pytest.mark.parametrize("kind", [ImageTowerTask, TextTowerTask])
+def test_class_means_are_refused_where_nothing_would_read_them(
+    kind: type[ImageTowerTask | TextTowerTask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = kind(image_tower="resnet10t", image_size=32, dim=16)
+    data = EmbedData(class_means="means.safetensors")
+    monkeypatch.setattr(kind, "trainer", SimpleNamespace(datamodule=data))
+    with pytest.raises(ConfigError, match=f"{kind.__name__} has no use for class_means"):
+        task.setup("fit")
 
 
 def test_hypernym_loss_is_zero_inside_and_counts_mass() -> None:
