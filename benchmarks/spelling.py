@@ -1,13 +1,15 @@
 """Texts in another spelling, and disguised ones: `python benchmarks/spelling.py mini`
 
 The contrast validation split (pairs and background) in each of these manners, seed 0, the same for harmless and risky sentences.
-Beside each model the same one that reads them letter for letter (without `hysafe.encoder.plain`). Its manners are written apart
+Beside each model the same one that reads them letter for letter (without `hysafe.encoder.plain` and `hysafe.encoder.language`). Its manners are written apart
 from those of `hysafe.data.misspelt`, which training may use.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import codecs
 import random
 from collections.abc import Callable
 
@@ -82,6 +84,10 @@ MANNERS: dict[str, Callable[[str, random.Random], str]] = {
     "two spaces missing": joined,
     "no space": lambda t, r: t.replace(" ", ""),
     "no punctuation": lambda t, r: "".join(c for c in t.lower() if c.isalnum() or c == " "),
+    "no vowels": lambda t, r: "".join(c for c in t if c.lower() not in "aeiou"),
+    "reversed": lambda t, r: t[::-1],
+    "rot13": lambda t, r: codecs.encode(t, "rot13"),
+    "base64": lambda t, r: base64.b64encode(t.encode()).decode(),
 }
 
 
@@ -102,7 +108,7 @@ def main() -> None:
         for model in models:
             towers = model.encoder.towers
             reads = towers._plain, towers.reads
-            towers._plain, towers.reads = list, lambda text: True
+            towers._plain, towers.reads = list, lambda texts: [True] * len(texts)
             cells.append(judged(model, written, texts))
             towers._plain, towers.reads = reads
             cells.append(judged(model, written, texts))

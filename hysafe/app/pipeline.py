@@ -61,7 +61,7 @@ TEXT_PICTURE_SHARE = 0.5
 # Ratings with their reasons that no score alone leads to.
 NOT_READ_WHOLE: tuple[Rating, str] = (
     "review",
-    "not read whole: too long, or in letters that the model does not know",
+    "not read whole: too long, or in letters or a language that the model does not know",
 )
 TEXT_READ: tuple[Rating, str] = ("safe", "a picture of text, judged by what it says")
 TEXT_UNREAD: tuple[Rating, str] = ("review", "a picture of text that was not read (OCR is off)")
@@ -372,6 +372,7 @@ class SafetyModel:
             self._features.update(zip(missing, features.clone(), strict=True))
             if not own:
                 self._store_phrases(missing)
+                self.warn_of_unread([phrase for bank in missing for phrase in bank])
         if own and not self._stored:  # also where a policy had them encoded before
             self._stored = True
             self._store(banks)
@@ -379,6 +380,19 @@ class SafetyModel:
         depth = torch.tensor([taxonomy.depth(n.id) for n in taxonomy])
         with torch.inference_mode():
             return _frozen(self.encoder.place_nodes(stack, depth.to(stack.device), banks))
+
+    def warn_of_unread(self, texts: Sequence[str]) -> None:
+        """Say which texts of the user's are in letters or a language that the model does not know."""
+        if not texts:
+            return
+        with self._tokenizer:
+            known = self.encoder.towers.reads(texts)
+        for text, read in zip(texts, known, strict=True):
+            if not read:
+                log.warning(
+                    "%r is in letters or a language that %s does not know; what it finds has little "
+                    "to do with it. Write it in English.", text, self.name,
+                )  # fmt: skip
 
     def _store_path(self) -> Path | None:
         if self._cache is None:
@@ -559,9 +573,13 @@ class SafetyModel:
             windows += parts
             lengths += [min(count, limit)] * len(parts)
             sizes.append(len(parts))
-            truncated.append(beyond or not self.encoder.towers.reads(texts[row]))
+            truncated.append(beyond)
+        with self._tokenizer:
+            known = self.encoder.towers.reads(windows)
         vectors = self._encode_windows(windows, lengths)
-        split = np.split(vectors, np.cumsum(sizes)[:-1])
+        ends = np.cumsum(sizes)[:-1]
+        truncated = [t or not all(k) for t, k in zip(truncated, np.split(known, ends), strict=True)]
+        split = np.split(vectors, ends)
         return dict(zip(rows, zip(split, truncated, strict=True), strict=True))
 
     def _encode_windows(self, windows: Sequence[str], lengths: Sequence[int]) -> np.ndarray:

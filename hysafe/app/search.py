@@ -145,6 +145,7 @@ def encode_query(
     if image is None:
         if not text or not text.strip():
             raise InputError("The query is empty. Write what to look for.")
+        model.warn_of_unread([text])
         return model.encode_text([text])
     try:
         data = Path(image).read_bytes()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hysafe.encoder.fused import FusedTrunk, fused_trunk
+from hysafe.encoder.language import is_other, words
 from hysafe.encoder.plain import foreign_share, plain
 from hysafe.errors import ConfigError, ModelError
 
@@ -242,14 +243,26 @@ class Towers(nn.Module):
     def _plain(self, texts: Sequence[str]) -> list[str]:
         return [plain(t, self._words) for t in texts]
 
-    def reads(self, text: str) -> bool:
-        """Whether the text tower knows the letters of a text: not where a fifth of them are not Latin.
+    def reads(self, texts: Sequence[str]) -> list[bool]:
+        """Which texts are in letters and a language that the text tower knows, which is English.
 
-        Towers of open_clip, some of which learnt other scripts, are taken to know all.
+        Not those of which a fifth of the letters are not Latin, nor those in another language, reversed or
+        encoded. Towers of open_clip, some of which learnt many languages, are taken to know all.
         """
-        if self.architecture["kind"] == "open_clip" or text.isascii():
-            return True
-        return foreign_share(plain(text, self._words)) < UNREAD_SHARE
+        if self._hf_tokenizer is None or self.architecture["kind"] == "open_clip":
+            return [True] * len(texts)
+        plainly = self._plain(texts)
+        found = [words(t) for t in plainly]
+        ids = self._hf_tokenizer(
+            [" ".join(w) for w in found],
+            add_special_tokens=False,
+            truncation=False,
+            verbose=False,
+        ).input_ids
+        return [
+            foreign_share(t) < UNREAD_SHARE and not is_other(t, w, len(i))
+            for t, w, i in zip(plainly, found, ids, strict=True)
+        ]
 
     # ------------------------------------------------------------ weights
 

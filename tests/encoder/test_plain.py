@@ -121,8 +121,5 @@ def test_the_tower_reads_plain_letters_and_says_what_it_does_not_read() -> None:
     told, disguised = towers.tokenize(["shoot the soldier", "ѕhооt the s.o.l.d.i.e.r"]).tolist()
     assert disguised == told
     assert towers.token_counts(["𝐬𝐡𝐨𝐨𝐭 the soldier"]) == [len(told)]
-    assert towers.reads("shoot the soldier")
-    assert towers.reads("𝐬𝐡𝐨𝐨𝐭 the ѕоldіеr")
-    assert towers.reads("🔪🔪 123")
-    assert not towers.reads("Я убью вас всех завтра")
-    assert not towers.reads("the word for it is 我明天要去学校")
+    assert all(towers.reads(["shoot the soldier", "𝐬𝐡𝐨𝐨𝐭 the ѕоldіеr", "🔪🔪 123"]))
+    assert not any(towers.reads(["Я убью вас всех завтра", "the word for it is 我明天要去学校"]))
