@@ -10,8 +10,8 @@ from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 __all__ = ["is_other", "p_english", "words"]
 
-# Links, character references, mentions and tags are of no language.
-NAMES = re.compile(r"https?://\S+|www\.\S+|&#?\w+;|[@#]\w+")
+# Links, character references, mentions, tags, numbers and codes (`500mg`, `RTX4090`) are of no language.
+NAMES = re.compile(r"https?://\S+|www\.\S+|&#?\w+;|[@#]\w+|(?<!\w)(?=\w{0,10}\d)\w{1,11}(?!\w)")
 # Those widely written in Latin letters. Among all that py3langid knows are creoles and small languages that slang is
 # taken for (`lol u r so dumb m8`).
 LANGUAGES = (
@@ -29,7 +29,7 @@ OTHER = ((0.02, 1.2, FEWEST), (0.2, 1.8, 4))
 
 
 def words(text: str) -> list[str]:
-    """The words, numbers and signs of a text, without its links, mentions and tags."""
+    """The words and signs of a text, without its links, mentions, tags and codes."""
     return WORD.findall(NAMES.sub(" ", text))
 
 

@@ -21,6 +21,8 @@ ENGLISH = [
     "ngl bro ur trippin",
     "Who was Gerhard Schröder, and what did he do for the coal miners of North Rhine-Westphalia?",
     "sudo apt install build-essential",
+    "Lenovo ThinkPad X1 Carbon Gen9 i7-1165G7 16GB",
+    "C6H12O6 + 6 O2 -> 6 CO2 + 6 H2O",
     "Schadenfreude",
     "crème brûlée",
     "🔪🔪 123",
@@ -100,8 +102,8 @@ def test_a_query_in_another_language_is_named(
     assert "English" in caplog.text
 
 
-def test_links_tags_and_mentions_are_no_words() -> None:
-    text = "@jörg look at https://example.org/schön #größe &#8220;now&amp;"
+def test_links_tags_mentions_and_codes_are_no_words() -> None:
+    text = "@jörg look at https://example.org/schön #größe &#8220;now&amp; 12 500mg RTX4090"
     assert words(text) == ["look", "at", "now"]
     assert words("a" * 30) == ["a" * 24, "a" * 6]
 
