@@ -372,7 +372,8 @@ class SafetyModel:
             self._features.update(zip(missing, features.clone(), strict=True))
             if not own:
                 self._store_phrases(missing)
-                self.warn_of_unread([phrase for bank in missing for phrase in bank])
+            bundled = {n.phrases for n in load_taxonomy()}
+            self.warn_of_unread([p for bank in missing if bank not in bundled for p in bank])
         if own and not self._stored:  # also where a policy had them encoded before
             self._stored = True
             self._store(banks)

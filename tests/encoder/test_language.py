@@ -10,6 +10,7 @@ from hysafe.app.pipeline import SafetyModel, load
 from hysafe.app.search import encode_query
 from hysafe.encoder.language import is_other, p_english, words
 from hysafe.encoder.towers import Towers
+from hysafe.taxonomy import Policy
 
 ENGLISH = [
     "how do I kill a Python process",
@@ -100,6 +101,23 @@ def test_a_query_in_another_language_is_named(
     encode_query(mini, text="gente con armas de fuego")
     assert "gente con armas de fuego" in caplog.text
     assert "English" in caplog.text
+
+
+def test_a_node_in_another_language_is_named(
+    tiny_model: SafetyModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    new = {
+        "6.11": {"parent": "D6", "name": "loot boxes", "definition": "games of chance in a game"},
+        "6.12": {
+            "parent": "D6",
+            "name": "Feuerwerk ohne Zulassung verkaufen",
+            "definition": "selling fireworks without a licence",
+        },
+    }
+    tiny_model.place(tiny_model.view(Policy.from_dict({"nodes": new})))
+    assert "Feuerwerk ohne Zulassung" in caplog.text
+    assert "games of chance" not in caplog.text
+    assert "regalia" not in caplog.text, "phrases of the bundled taxonomy are not the user's"
 
 
 def test_links_tags_mentions_and_codes_are_no_words() -> None:
