@@ -90,7 +90,7 @@ def test_one_window_in_another_language_is_enough(mini: SafetyModel) -> None:
     spanish = "mañana voy a comprar pan y leche en la tienda del pueblo. " * 20
     alone, both = mini.moderate(texts=[english, english + spanish])
     assert alone.rating == "safe"
-    assert both.rating == "review"
+    assert both.rating != "safe"
 
 
 def test_a_query_in_another_language_is_named(
