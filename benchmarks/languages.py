@@ -1,10 +1,10 @@
 """Texts in other languages than English: `python benchmarks/languages.py FOLDER MODEL`
 
 FOLDER holds Debian packages of fortune cookies and manual pages, as `apt-get download fortunes-de manpages-fr ...` leaves them
-there; of each up to 500 texts of 3 to 60 words are read, drawn with seed 0, of translations those without the word *the*. Cookies
-of br, cs, de, eo, es, it and pl chose the
-thresholds of `hysafe.encoder.language`; manual pages did not. `manpages`, `manpages-dev` and `fortunes-min` are in English, and
-so are those of HYSAFE_DATA's texts that are named below; how many of those are taken for another language is what this costs.
+there; of each up to 500 texts of 3 to 60 words are read, drawn with seed 0, of translations those without the word *the*. The
+thresholds of `hysafe.encoder.language` were chosen on cookies of br, cs, de, eo, es, it and pl, not on manual pages. `manpages`,
+`manpages-dev` and `fortunes-min` are in English, and so are those of HYSAFE_DATA's texts that are named below; how many of
+these are taken for another language is what it costs.
 """
 
 from __future__ import annotations
