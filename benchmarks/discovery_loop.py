@@ -46,7 +46,7 @@ from hysafe.app.scan import scan
 from hysafe.app.search import rank_by_node
 from hysafe.data.contrast import contrast_set
 from hysafe.data.sources import data_root, iter_samples
-from hysafe.discover import accepted_policy, find_clusters
+from hysafe.discover import Proposal, accepted_policy, find_clusters
 from hysafe.discover.clusters import silhouettes
 from hysafe.evaluate.metrics import detection
 from hysafe.evaluate.novelty_data import read_held_out
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--pictures", metavar="MODEL", help="pictures, with this model")
     parser.add_argument("--classes", nargs="*", help="default: all held-out ones; A+B is one group")
     parser.add_argument("--both", nargs=2, metavar="NODE", help="hidden in texts and in pictures")
-    parser.add_argument("--words", action="store_true", help="new nodes without example pictures")
+    parser.add_argument("--words", action="store_true", help="new nodes without examples")
     parser.add_argument("--clusters", action="store_true", help="compare ways to cluster and name")
     parser.add_argument("--namer", default="phrases")
     parser.add_argument("--min-size", type=int, default=8)
@@ -233,7 +233,7 @@ def loop(
     before = Collection.open(folder / "before")
     novel = np.isin(np.arange(len(before)), novel_places(before))
     found = discover(before, model, namer=a.namer, min_size=a.min_size)
-    proposals = [replace(p, pictures=()) for p in found.proposals] if a.words else found.proposals
+    proposals = [in_words(p) for p in found.proposals] if a.words else found.proposals
     chosen = [
         [p for p in proposals if h.truth[found.members(p)].mean() >= 0.5] for h in hidden
     ]  # fmt: skip
@@ -256,6 +256,12 @@ def loop(
             f"{', '.join(p.rule['synonyms'][1:])})" for p in mine
         ]  # fmt: skip
         yield label, row, names
+
+
+def in_words(proposal: Proposal) -> Proposal:
+    """Without examples."""
+    rule = {k: v for k, v in proposal.rule.items() if k != "example_texts"}
+    return replace(proposal, rule=rule, pictures=())
 
 
 def figures(

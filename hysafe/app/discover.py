@@ -37,7 +37,7 @@ from hysafe.guard.naming import Namer, PhraseNamer, Whitening
 from hysafe.guard.similarity import minilm_embed
 from hysafe.index import Collection, EncodedItem
 from hysafe.taxonomy import Policy, PolicyView, Taxonomy
-from hysafe.taxonomy.policy import Example
+from hysafe.taxonomy.policy import MAX_EXAMPLE_LENGTH, Example
 
 __all__ = [
     *("PROPOSALS", "Accepted", "Discovery", "accept", "discover", "load_namer", "novel_places"),
@@ -47,9 +47,8 @@ __all__ = [
 PROPOSALS = "proposals.yaml"
 # Novel items that are looked at; of more, a sample. Ordinary items that the space is whitened by.
 MOST_ITEMS, REFERENCE = 20_000, 4000
-# Members of a cluster that are named, those nearest to its middle, and pictures of it that a new node takes
-# as examples.
-NAMED, PICTURES = 48, 20
+# Members of a cluster that are named, those nearest to its middle, and those that a new node takes as examples.
+NAMED, SHOWN = 48, 20
 CHUNK = 2048
 NOVELTY = ("novelty_policy", "novelty_distribution")
 COLUMNS = (*NOVELTY, "rating", "node", "error")
@@ -166,6 +165,7 @@ def discover(
                 ids=[found.ids[k] for k in cluster.members], channel=channel,
                 p_unsafe=float(np.mean([found.p_unsafe[k] for k in cluster.members])), key=key,
                 pictures=_pictures(collection, found, cluster.members) if channel == "image" else (),
+                texts=_texts(found, cluster.members) if channel != "image" else (),
             )
         )  # fmt: skip
     places = {c: np.array(found.places, np.int64) for c, found in by_channel.items()}
@@ -237,11 +237,22 @@ def _order(channel: Channel, row: int) -> tuple[float, float]:
     return min((v for v in values if v is not None), default=1.0), -channel.risk[row]
 
 
+def _spread(members: np.ndarray) -> np.ndarray:
+    """Members of a cluster to show: the medoid first, then evenly outwards, for the middle alone is
+    narrower than the cluster."""
+    return members[np.linspace(0, len(members) - 1, min(SHOWN, len(members))).round().astype(int)]
+
+
+def _texts(found: _Novel, members: np.ndarray) -> list[str]:
+    """Texts of members of a cluster, each once, and the start of long ones."""
+    every = (found.texts[k][:MAX_EXAMPLE_LENGTH].strip() for k in _spread(members))
+    texts = [t for t in dict.fromkeys(every) if t]
+    return texts if len(texts) > 1 else []
+
+
 def _pictures(collection: Collection, found: _Novel, members: np.ndarray) -> list[Example]:
-    """Files of members of a cluster, those that are still there and unchanged: the medoid first, then
-    evenly outwards, for the middle alone is narrower than the cluster."""
-    spread = np.linspace(0, len(members) - 1, min(PICTURES, len(members))).round().astype(int)
-    items = collection.take([found.places[k] for k in members[spread]])
+    """Files of members of a cluster, those that are still there and unchanged."""
+    items = collection.take([found.places[k] for k in _spread(members)])
     files = [item for item in items if Path(item.source).is_file()]
     media = read_media(files)
     shown = [(item.source, media[item.id].image) for item in files if item.id in media]

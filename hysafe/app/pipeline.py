@@ -31,6 +31,7 @@ from hysafe.errors import ConfigError, HysafeError, InputError
 from hysafe.geometry import Points
 from hysafe.index import Collection, EncodedItem, Row
 from hysafe.score.calibration import Calibration, conformal_p_values
+from hysafe.score.examples import example_tangent
 from hysafe.score.leaves import LeafScores, NodeTable, score_margins
 from hysafe.score.reference import load_reference, narrowing
 from hysafe.score.triage import TriagePolicy, weighted_risk
@@ -265,8 +266,8 @@ class SafetyModel:
         return (policy or Policy()).apply(self.taxonomy)
 
     def place(self, view: PolicyView) -> tuple[NodeTable, Points]:
-        """Node table and cone apexes [N, D] of a view; only unknown phrases and example pictures
-        are encoded.
+        """Node table and cone apexes [N, D] of a view as its words place them; only unknown phrases and
+        examples are encoded.
 
         Raises:
             ConfigError: an example picture of the policy cannot be read.
@@ -277,16 +278,18 @@ class SafetyModel:
     def _placed(self, view: PolicyView) -> _Placed:
         key = f"{view.taxonomy.hash}/{view.policy.hash}"
         if key not in self._views:
-            examples = self._example_points(view.policy)  # before any text is encoded
+            pictures = self._example_points(view.policy)  # before any text is encoded
             table, apexes = NodeTable(view), self._apexes(view.taxonomy)
-            drawn = self._drawn(table, apexes, examples) if examples else apexes
-            narrowed = self._narrowed(table, {"text": apexes, "image": drawn})
-            self._views[key] = _Placed(table, apexes, drawn, narrowed)
+            shown = self._shown(table, apexes, pictures) if pictures else apexes
+            texts = self._example_text_points(view.policy)
+            said = self._said(table, apexes, texts) if texts else apexes
+            narrowed = self._narrowed(table, {"text": said, "image": shown})
+            self._views[key] = _Placed(table, apexes, said, shown, narrowed)
         return self._views[key]
 
     def _narrowed(self, table: NodeTable, cones: Mapping[str, Points]) -> dict[str, Tensor]:
         """By how much the cones [N] of a channel are narrowed: those of leaves that the policy adds."""
-        new = torch.tensor([n not in self.taxonomy for n in table.leaf_ids])
+        new = self._new_leaves(table)
         if not new.any():
             return {}
         if not self.reference:
@@ -313,16 +316,34 @@ class SafetyModel:
             novelty_level=self.triage.novelty_level if band.novelty is None else band.novelty,
         )
 
-    def _drawn(self, table: NodeTable, apexes: Points, examples: Mapping[str, Tensor]) -> Points:
+    def _shown(self, table: NodeTable, apexes: Points, examples: Mapping[str, Tensor]) -> Points:
         """Apexes with those of nodes that have example pictures drawn towards them."""
         own, placed = self.place(self.view())
-        leaves = torch.nn.functional.normalize(placed.tangent()[own.leaves], dim=-1)
-        tangents, space, common = apexes.tangent(), apexes.space.clone(), leaves.mean(0)
+        common = torch.nn.functional.normalize(placed.tangent()[own.leaves], dim=-1).mean(0)
+        tangents, turned = apexes.tangent(), {}
         for node, points in examples.items():
             row = table.index[node]
-            tangent = example_direction(tangents[row], points, common) * tangents[row].norm()
-            space[row] = apexes.functions.exp_map0(tangent, apexes.c)
-        return Points(space, apexes.c, apexes.geometry)
+            turned[row] = example_direction(tangents[row], points, common) * tangents[row].norm()
+        return _turned(apexes, turned)
+
+    def _said(self, table: NodeTable, apexes: Points, examples: Mapping[str, Tensor]) -> Points:
+        """Apexes with those of nodes pointing to their example texts that find these better so."""
+        ordinary = self.reference.get("text", torch.empty(0, self.encoder.dim))
+        new = self._new_leaves(table)
+        turned = {}
+        for node, points in examples.items():
+            row = table.index[node]
+            tangent = example_tangent(
+                row, points, ordinary, apexes, table, new, self.calibration.channel("text"),
+                scale=self.encoder.cone_scale_value,
+            )  # fmt: skip
+            if tangent is not None:
+                turned[row] = tangent
+        return _turned(apexes, turned)
+
+    def _new_leaves(self, table: NodeTable) -> Tensor:
+        """bool [L]: which leaves of a table the policy has added."""
+        return torch.tensor([n not in self.taxonomy for n in table.leaf_ids])
 
     def _example_points(self, policy: Policy) -> dict[str, Tensor]:
         """Tangent vectors [n, D] of each node's example pictures; only unknown ones are encoded.
@@ -348,8 +369,34 @@ class SafetyModel:
             if rule.examples
         }
 
+    def _example_text_points(self, policy: Policy) -> dict[str, Tensor]:
+        """Tangent vectors [n, D] of each node's example texts; only unknown ones are encoded."""
+        keys = {
+            node: {
+                hashlib.sha256(b"text\0" + t.encode()).hexdigest(): t for t in rule.example_texts
+            }
+            for node, rule in policy.rules.items()
+            if rule.example_texts
+        }
+        unknown = {
+            key: text
+            for texts in keys.values()
+            for key, text in texts.items()
+            if key not in self._examples and not self._load_example(key)
+        }
+        for key, text in unknown.items():  # one by one, as pictures are
+            self._examples[key] = self.encode_text([text]).tangent()[0]
+            path = self._example_path(key)
+            if path is not None:
+                self._write(path, self._examples[key])
+        self.warn_of_unread(list(unknown.values()))
+        return {
+            node: torch.stack([self._examples[key] for key in sorted(texts)])
+            for node, texts in keys.items()
+        }
+
     def _example_path(self, key: str) -> Path | None:
-        """Where the tangent vector of an example picture is kept; the picture is not."""
+        """Where the tangent vector of an example is kept; the picture or text is not."""
         if self._cache is None:
             return None
         return self._cache / f"examples-{self.encoder.hash()}" / f"{key}.safetensors"
@@ -825,17 +872,18 @@ Made = TypeVar("Made")
 
 
 class _Placed(NamedTuple):
-    """A view on the space: apexes as phrases place them, and drawn to example pictures, which is
-    where pictures are judged by."""
+    """A view on the space: apexes as phrases place them, with example texts, by which texts are judged,
+    and as example pictures draw them, by which pictures are."""
 
     table: NodeTable
     apexes: Points
-    drawn: Points
+    said: Points
+    shown: Points
     narrowed: Mapping[str, Tensor]
 
     def cones(self, channel: str) -> tuple[Points, Tensor | None]:
         """Apexes [N, D] of a channel, and by how much their cones are narrowed [N]."""
-        apexes = self.drawn if channel == "image" else self.apexes
+        apexes = self.shown if channel == "image" else self.said
         return apexes, self.narrowed.get("text" if channel == "ocr" else channel)
 
     def margins(self, points: Points, channel: str) -> Tensor:
@@ -843,6 +891,14 @@ class _Placed(NamedTuple):
         apexes, narrowed = self.cones(channel)
         margins = points.margin(apexes)
         return margins if narrowed is None else margins - narrowed.to(margins)
+
+
+def _turned(apexes: Points, tangents: Mapping[int, Tensor]) -> Points:
+    """Apexes of which some [row] stand elsewhere (tangent vectors [D])."""
+    space = apexes.space.clone()
+    for row, tangent in tangents.items():
+        space[row] = apexes.functions.exp_map0(tangent.to(space), apexes.c)
+    return Points(space, apexes.c, apexes.geometry)
 
 
 class _Seen(NamedTuple):

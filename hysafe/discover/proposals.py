@@ -40,14 +40,15 @@ AGREE = 0.5
 MOST = 0.5
 DIGITS = 4
 # What a person may give a proposal, beside its key: it becomes the node's rule.
-RULE = ("parent", "name", "definition", "synonyms", "threshold", "status")
+RULE = ("parent", "name", "definition", "synonyms", "example_texts", "threshold", "status")
 MARK = "Proposed: "
 
 HEAD = """\
 # Proposed by hysafe discover. Read the examples, correct name, parent, definition and synonyms, set
 # `accept: true` where the proposal is right, then: hysafe discover accept THIS_FILE --out policy.yaml
 # `parent` is a domain (D6: a new category), a category (6.1: a concept of it) or S (a harmless place).
-# `pictures` become the example pictures of the node, by which pictures are judged: remove wrong ones.
+# `example_texts` and `pictures` become the examples of the node, by which texts and pictures are judged:
+# remove wrong ones.
 """
 
 
@@ -77,7 +78,7 @@ class Proposal:
 
     Args:
         key: number in its file.
-        rule: of the node: parent, name, definition, synonyms, and what a person adds.
+        rule: of the node: parent, name, definition, synonyms, example texts, and what a person adds.
         accept: a person said yes.
         size: members. channel: ``image``, ``text`` or ``ocr``. purity: see
             :class:`hysafe.discover.clusters.Cluster`. agreement: see :class:`Named`.
@@ -140,6 +141,7 @@ def propose(
     p_unsafe: float = 0.0,
     key: int = 1,
     pictures: Sequence[Example] = (),
+    texts: Sequence[str] = (),
 ) -> Proposal:
     """The node that a cluster of n items would be.
 
@@ -149,7 +151,8 @@ def propose(
         margins: cone margins of the members to all nodes of the view [n, N].
         medoid: point of the medoid [1, D]. apexes: of the nodes [N, D], in taxonomy order.
         ids: of the members. p_unsafe: their mean.
-        key: number of the proposal. pictures: files of members.
+        key: number of the proposal. pictures: files of members. texts: of members, for the node's
+            example texts.
     """
     called = central_name([n.name for n in names if n is not None], encode)
     parent, held = best_parent(margins, view)
@@ -160,6 +163,7 @@ def propose(
     rule = {
         "name": _capital(name), "parent": parent, "definition": _definition(name, others),
         "synonyms": [name, *others] if called is not None else [],
+        **({"example_texts": list(texts)} if texts else {}),
     }  # fmt: skip
     return Proposal(
         key, rule, False, len(cluster.members), channel, cluster.purity,

@@ -7,12 +7,13 @@
     nodes:
       D1: {status: non_violating}
       "6.1": {status: sensitive, threshold: 0.4}
-      "x.1": {parent: D6, name: ..., definition: ..., synonyms: [...], examples: [a.jpg, ...]}
+      "x.1": {parent: D6, name: ..., definition: ..., synonyms: [...], examples: [a.jpg, ...],
+              example_texts: [..., ...]}
 
 Keys are node ids of any level; settings are inherited by descendants, the nearest one wins. A
 concept switched off takes its share of its category with it, one kept on below a category that is
 off still counts. Example pictures count by their content: it goes into the policy's hash, their
-paths do not.
+paths do not. Example texts stand in the policy itself.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from hysafe.taxonomy.tree import Kind, Node, Taxonomy
 
 __all__ = [
     *("DEFAULT_THRESHOLD", "MAX_EXAMPLES", "SENSITIVE_THRESHOLD", "Example", "NodeRule", "Policy"),
+    "MAX_EXAMPLE_LENGTH",
     *("example_of", "is_example"),
     *("PolicyView", "ReviewBand"),
 ]
@@ -44,8 +46,11 @@ DEFAULT_THRESHOLD = 0.5
 SENSITIVE_THRESHOLD = 0.25
 # Severity of a category added by a policy: the middle of the scale, as where a file gives none.
 NEW_SEVERITY = 2
-# Example pictures of one node: more of them hardly move the mean, and each is encoded alone.
+# Example pictures, and example texts, of one node: more of them hardly move the mean, and each is
+# encoded alone.
 MAX_EXAMPLES = 64
+# Characters of an example text: more than the text tower reads at once.
+MAX_EXAMPLE_LENGTH = 2000
 
 _CHILD_KIND: Mapping[Kind, Kind] = {
     "domain": "category",
@@ -78,6 +83,7 @@ class NodeRule:
     definition: str | None = None
     synonyms: tuple[str, ...] = ()
     examples: tuple[Example, ...] = ()
+    example_texts: tuple[str, ...] = ()
 
     def example_hashes(self) -> tuple[str, ...]:
         """What the examples are: sha256 of each different one, sorted."""
@@ -168,7 +174,11 @@ class Policy:
         nodes = {}
         for node_id, rule in self.rules.items():
             examples = [asdict(e) for e in rule.examples]
-            settings = asdict(rule) | {"synonyms": list(rule.synonyms), "examples": examples}
+            settings = asdict(rule) | {
+                "synonyms": list(rule.synonyms),
+                "examples": examples,
+                "example_texts": list(rule.example_texts),
+            }
             nodes[node_id] = {k: v for k, v in settings.items() if v not in (None, [])}
         review = self.review.to_dict()
         return {"name": self.name, **({"review": review} if review else {}), "nodes": nodes}
@@ -231,12 +241,13 @@ class Policy:
             raise self._fail(
                 old.id, "a policy cannot move a node", "Switch it off and add a new one."
             )
-        if rule.examples:
-            raise self._fail(
-                old.id,
-                "`examples` are for a node that the policy adds",
-                "Add one below it, with parent, name and definition.",
-            )
+        for key in ("examples", "example_texts"):
+            if getattr(rule, key):
+                raise self._fail(
+                    old.id,
+                    f"`{key}` are for a node that the policy adds",
+                    "Add one below it, with parent, name and definition.",
+                )
         if not (rule.name or rule.definition or rule.synonyms):
             return None
         return replace(
@@ -335,8 +346,13 @@ def _review(value: Any, origin: str) -> ReviewBand:
 def _hashed(rule: NodeRule) -> dict[str, Any]:
     """What of a rule goes into the policy's hash: of the examples their content alone."""
     settings = asdict(rule)
-    del settings["examples"]  # a policy without any keeps the hash it had before there were some
-    return settings | ({"examples": rule.example_hashes()} if rule.examples else {})
+    # a policy without any keeps the hash it had before there were some
+    del settings["examples"], settings["example_texts"]
+    if rule.examples:
+        settings["examples"] = rule.example_hashes()
+    if rule.example_texts:
+        settings["example_texts"] = sorted(set(rule.example_texts))
+    return settings
 
 
 def _rule(node_id: str, value: Any, origin: str, folder: pathlib.Path) -> NodeRule:
@@ -345,7 +361,10 @@ def _rule(node_id: str, value: Any, origin: str, folder: pathlib.Path) -> NodeRu
 
     if not isinstance(value, dict):
         raise fail(f"expected a mapping, got {value!r}", "Write {status: ...}.")
-    known = {"status", "threshold", "parent", "name", "definition", "synonyms", "examples"}
+    known = {
+        *("status", "threshold", "parent", "name", "definition", "synonyms", "examples"),
+        "example_texts",
+    }
     unknown = set(value) - known
     if unknown:
         raise fail(
@@ -372,6 +391,19 @@ def _rule(node_id: str, value: Any, origin: str, folder: pathlib.Path) -> NodeRu
         raise fail("`examples` is no list of files", "Write [picture.jpg, picture.png].")
     if len(examples) > MAX_EXAMPLES:
         raise fail(f"{len(examples)} examples", f"Keep the best {MAX_EXAMPLES} or fewer.")
+    texts = value.get("example_texts") or []
+    if not isinstance(texts, list) or not all(map(_is_text, texts)):
+        raise fail("`example_texts` is no list of texts", "Write [one text, another], in quotes.")
+    if len(set(texts)) == 1:
+        raise fail("one example text", "Give two or more: each is judged by the others.")
+    if len(texts) > MAX_EXAMPLES:
+        raise fail(f"{len(texts)} example texts", f"Keep the best {MAX_EXAMPLES} or fewer.")
+    for place, text in enumerate(texts, 1):
+        if len(text) > MAX_EXAMPLE_LENGTH:
+            raise fail(
+                f"example text {place} has {len(text):,} characters",
+                f"Keep the part that shows what is meant, {MAX_EXAMPLE_LENGTH:,} or fewer.",
+            )
     return NodeRule(
         status,
         threshold,
@@ -380,6 +412,7 @@ def _rule(node_id: str, value: Any, origin: str, folder: pathlib.Path) -> NodeRu
         value.get("definition"),
         tuple(synonyms),
         tuple(example_of(e, f"{origin}: node {node_id}", folder) for e in examples),
+        tuple(texts),
     )
 
 

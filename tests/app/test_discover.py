@@ -183,10 +183,13 @@ def test_pictures_and_texts_are_never_in_one_cluster(
         assert {"red" in m for m in members} == {p.channel == "image"}
         assert p.name.startswith("Unnamed" if p.channel == "image" else "Ivory")
         assert len(p.pictures) == (p.size if p.channel == "image" else 0)
+        told = p.rule.get("example_texts", [])
+        assert len(told) == (0 if p.channel == "image" else p.size)
+        assert all(t.startswith("ivory") or t.endswith("else") for t in told)
         for example, member in zip(p.pictures, members, strict=False):
             assert Path(example.file).name in member
             assert hashlib.sha256(Path(example.file).read_bytes()).hexdigest() == example.sha256
-    monkeypatch.setattr(app, "PICTURES", 3)  # from the medoid to the outermost
+    monkeypatch.setattr(app, "SHOWN", 3)  # from the medoid to the outermost
     spread = discover(collection, tiny_model, namer=namer)
     (p, *_) = (p for p in spread.proposals if p.channel == "image")
     members = [ids[k] for k in spread.members(p)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -500,8 +501,8 @@ def test_a_node_with_examples_keeps_its_aperture_and_leaves_the_others(
 ) -> None:
     placed = model._placed(model.view(shown(tmp_path, (220, 30, 20), (200, 10, 10))))
     row = placed.table.index["x.1"]
-    assert float(placed.drawn.radius()[row]) == pytest.approx(float(placed.apexes.radius()[row]))
-    same = (placed.drawn.space == placed.apexes.space).all(dim=1)
+    assert float(placed.shown.radius()[row]) == pytest.approx(float(placed.apexes.radius()[row]))
+    same = (placed.shown.space == placed.apexes.space).all(dim=1)
     assert same.sum() == len(same) - 1
     assert not same[row]
 
@@ -573,6 +574,76 @@ def test_rescore_with_examples_from_the_command_line(
     (tmp_path / "0.png").unlink()
     assert main([*command, str(tmp_path / "two")]) == 2
     assert "node x.1: example 0.png: cannot be read (no such file)" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- example texts
+
+FLAGS = ("red flags on the beach", "raise the red flag", "two red flags in the sand")
+
+
+def said(*texts: str, **settings: Any) -> Policy:
+    """A policy with a node that these texts tell."""
+    rule = {"parent": "D6", "name": "Red flags", "definition": "Red flags.", "threshold": 0.3,
+            "example_texts": list(texts), **settings}  # fmt: skip
+    return Policy.from_dict({"nodes": {"x.1": rule}})
+
+
+def test_example_texts_decide_for_texts_and_leave_pictures(model: SafetyModel) -> None:
+    asked = {"texts": ["red flags in the harbour"], "images": [png((20, 30, 220))]}
+    (_, seen), (_, again) = (model.moderate(**asked, policy=p) for p in (said(), said(*FLAGS)))
+    assert seen.channels == again.channels
+    column = model.place(model.view(said()))[0].index["x.1"]
+    vectors = model.encode_text(asked["texts"]).tangent().numpy()
+
+    def margin(policy: Policy) -> float:
+        return float(model.score_vectors("text", vectors, model.view(policy)).margins[0, column])
+
+    other = said("a quiet evening with soup", "my cat is asleep", "two spoons of sugar")
+    assert margin(said(*FLAGS)) > margin(other)
+
+
+def test_a_node_with_example_texts_keeps_its_aperture_and_leaves_the_others(
+    model: SafetyModel,
+) -> None:
+    placed = model._placed(model.view(said(*FLAGS)))
+    row = placed.table.index["x.1"]
+    assert float(placed.said.radius()[row]) == pytest.approx(float(placed.apexes.radius()[row]))
+    same = (placed.said.space == placed.apexes.space).all(dim=1)
+    assert same.sum() == len(same) - 1
+    assert not same[row]
+    assert placed.shown is placed.apexes
+
+
+def test_a_rescore_with_example_texts_is_a_scan_with_them_and_encodes_them_once(
+    small_scan: Path, tmp_path: Path, tiny_model: SafetyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    assert tiny_model._cache is not None
+    shutil.copytree(tiny_model._cache, cache)
+    monkeypatch.setattr(pipeline, "_cache_folder", lambda: cache)
+    (tmp_path / "in.jsonl").write_text('{"text": "red flags in the harbour"}\n')
+    policy = said(*FLAGS)
+    out = {name: tmp_path / name for name in ("scan", "plain", "again", "third")}
+    for name, under in (("scan", policy), ("plain", None)):
+        scan([str(tmp_path / "in.jsonl")], out[name], tiny_model, policy=under, report=False,
+             options=ScanOptions(8, 0))  # fmt: skip
+    collection = Collection.open(out["plain"])
+    shutil.rmtree(cache / f"examples-{tiny_model.encoder.hash()}", ignore_errors=True)
+    assert rescore(collection, model_of(collection), policy, out=out["again"]).encoded
+    assert len(list(cache.glob("examples-*/*.safetensors"))) == len(FLAGS)
+    made = Collection.open(out["again"])
+    kept = stored_policy(made.meta)
+    assert kept == replace(policy, origin=kept.origin)
+    assert not rescore(made, model_of(made), kept, out=out["third"]).encoded
+    assert len({(out[name] / "results.jsonl").read_bytes() for name in out if name != "plain"}) == 1
+
+
+def test_an_example_text_in_another_language_is_warned_of(
+    model: SafetyModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    german = "rote Fahnen wehen heute am ganzen Strand entlang"
+    model.place(model.view(said(german, "red flags")))
+    assert german in caplog.text
 
 
 # ---------------------------------------------------------------- review band

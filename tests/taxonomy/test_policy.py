@@ -13,7 +13,13 @@ import pytest
 
 from hysafe.errors import ConfigError, TaxonomyError
 from hysafe.taxonomy import Policy, PolicyView, Taxonomy, load_taxonomy
-from hysafe.taxonomy.policy import DEFAULT_THRESHOLD, MAX_EXAMPLES, SENSITIVE_THRESHOLD, ReviewBand
+from hysafe.taxonomy.policy import (
+    DEFAULT_THRESHOLD,
+    MAX_EXAMPLE_LENGTH,
+    MAX_EXAMPLES,
+    SENSITIVE_THRESHOLD,
+    ReviewBand,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -402,6 +408,51 @@ def test_only_a_new_node_that_may_be_seen_takes_examples(
         Policy.from_dict(known, folder=pictures).apply(taxonomy)
     with pytest.raises(TaxonomyError, match=r"node x: its parent 4\.5 is for text only"):
         with_examples(pictures, "a.png", parent="4.5").apply(taxonomy)
+
+
+# ---------------------------------------------------------------- example texts
+
+
+def with_texts(*texts: Any, **settings: Any) -> Policy:
+    rule = {**NEW, "example_texts": list(texts), **settings}
+    return Policy.from_dict({"nodes": {"x": rule}}, origin="shop.yaml")
+
+
+def test_example_texts_count_in_any_order_and_once() -> None:
+    one = with_texts("a laser", "a lamp")
+    assert one.hash == with_texts("a lamp", "a laser", "a lamp").hash
+    assert len({one.hash, with_texts("a laser", "a torch").hash, with_texts().hash}) == 3
+    assert with_texts().hash == Policy.from_dict({"nodes": {"x": NEW}}).hash
+
+
+def test_example_texts_are_written_down_and_read_again() -> None:
+    policy = with_texts("a laser", "a lamp")
+    again = Policy.from_dict(policy.to_dict(), origin="shop.yaml")
+    assert again.rules == policy.rules
+    assert again.hash == policy.hash
+
+
+@pytest.mark.parametrize(
+    ("texts", "problem"),
+    [
+        ("a laser", "`example_texts` is no list of texts"),
+        ([1], "`example_texts` is no list of texts"),
+        ([" "], "`example_texts` is no list of texts"),
+        (["a laser", "a laser"], "one example text"),
+        ([f"a {i}" for i in range(MAX_EXAMPLES + 1)], f"{MAX_EXAMPLES + 1} example texts"),
+        (["a", "b" * (MAX_EXAMPLE_LENGTH + 1)], "example text 2 has 2,001 characters"),
+    ],
+)
+def test_example_texts_that_are_no_list_of_some_texts_are_refused(texts: Any, problem: str) -> None:
+    with pytest.raises(TaxonomyError, match=rf"shop\.yaml: node x: {problem}"):
+        with_texts(example_texts=texts)
+
+
+def test_only_a_new_node_takes_example_texts_and_one_for_text_only_may(taxonomy: Taxonomy) -> None:
+    known = {"nodes": {"6.1": {"example_texts": ["a laser", "a lamp"]}}}
+    with pytest.raises(TaxonomyError, match=r"node 6\.1: `example_texts` are for a node that"):
+        Policy.from_dict(known).apply(taxonomy)
+    assert with_texts("a text", "another", parent="4.5").apply(taxonomy).taxonomy["x"].text_only
 
 
 # ---------------------------------------------------------------- review band
