@@ -472,8 +472,10 @@ def _taxonomy(arguments: argparse.Namespace) -> int:
     node = view.taxonomy[arguments.node]
     print(f"{node.id}  {view.taxonomy.path(node.id)}\n{node.definition}")
     print(f"status {view.status(node.id)}, unsafe from {view.threshold(node.id):g}")
+    rule = view.policy.rules.get(node.id)
     for title, values in (
         ("synonyms", node.synonyms), ("should not", node.should_not), ("can", node.can),
+        ("example texts", rule.example_texts if rule else ()),
     ):  # fmt: skip
         if values:
             print(f"{title}: " + "; ".join(values))

@@ -37,7 +37,7 @@ from hysafe.guard.naming import Namer, PhraseNamer, Whitening
 from hysafe.guard.similarity import minilm_embed
 from hysafe.index import Collection, EncodedItem
 from hysafe.taxonomy import Policy, PolicyView, Taxonomy
-from hysafe.taxonomy.policy import MAX_EXAMPLE_LENGTH, Example
+from hysafe.taxonomy.policy import MAX_EXAMPLE_LENGTH, Example, distinct_texts
 
 __all__ = [
     *("PROPOSALS", "Accepted", "Discovery", "accept", "discover", "load_namer", "novel_places"),
@@ -89,12 +89,14 @@ class Discovery:
 
 @dataclass
 class _Novel:
-    """Novel items of one channel: their places, ids, vectors, risk and text."""
+    """Novel items of one channel: their places, ids, vectors, risk and text, and whether the vector is of
+    the whole text."""
 
     places: list[int] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
     vectors: list[np.ndarray] = field(default_factory=list)
     p_unsafe: list[float] = field(default_factory=list)
+    whole: list[bool] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
 
 
@@ -150,6 +152,7 @@ def discover(
     drafts.sort(key=lambda d: -len(d[3].members))
     proposals = []
     _, apexes = model.place(view)
+    placed = model._placed(view)
     for key, (channel, found, vectors, cluster) in enumerate(drafts, 1):
         named = cluster.members[:NAMED]
         names = who.name(
@@ -161,7 +164,7 @@ def discover(
         proposals.append(
             propose(
                 cluster, names, lambda texts: _tangents(model, texts),
-                points.margin(apexes).numpy(), points[:1], _double(apexes), view,
+                placed.margins(points, channel).numpy(), points[:1], _double(apexes), view,
                 ids=[found.ids[k] for k in cluster.members], channel=channel,
                 p_unsafe=float(np.mean([found.p_unsafe[k] for k in cluster.members])), key=key,
                 pictures=_pictures(collection, found, cluster.members) if channel == "image" else (),
@@ -227,6 +230,7 @@ def _novel_items(
             found.ids.append(item.id)
             found.vectors.append(np.asarray(channels[name].vectors[k], np.float64))
             found.p_unsafe.append(channels[name].p_unsafe[k])
+            found.whole.append(len(item.points[name]) == 1)
             found.texts.append(item.read_text if name == "ocr" else item.text)
     return {name: found for name, found in by_channel.items() if found.places}
 
@@ -244,9 +248,10 @@ def _spread(members: np.ndarray) -> np.ndarray:
 
 
 def _texts(found: _Novel, members: np.ndarray) -> list[str]:
-    """Texts of members of a cluster, each once, and the start of long ones."""
-    every = (found.texts[k][:MAX_EXAMPLE_LENGTH].strip() for k in _spread(members))
-    texts = [t for t in dict.fromkeys(every) if t]
+    """Texts of members of a cluster, each once; of long ones a part was compared, which is not told apart."""
+    whole = members[[found.whole[k] for k in members]]
+    every = (found.texts[k].strip() for k in (_spread(whole) if len(whole) else whole))
+    texts = [t for t in distinct_texts(every) if 0 < len(t) <= MAX_EXAMPLE_LENGTH]
     return texts if len(texts) > 1 else []
 
 

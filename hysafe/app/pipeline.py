@@ -282,7 +282,7 @@ class SafetyModel:
             table, apexes = NodeTable(view), self._apexes(view.taxonomy)
             shown = self._shown(table, apexes, pictures) if pictures else apexes
             texts = self._example_text_points(view.policy)
-            said = self._said(table, apexes, texts) if texts else apexes
+            said = self._said(view, apexes, texts) if texts else apexes
             narrowed = self._narrowed(table, {"text": said, "image": shown})
             self._views[key] = _Placed(table, apexes, said, shown, narrowed)
         return self._views[key]
@@ -326,8 +326,9 @@ class SafetyModel:
             turned[row] = example_direction(tangents[row], points, common) * tangents[row].norm()
         return _turned(apexes, turned)
 
-    def _said(self, table: NodeTable, apexes: Points, examples: Mapping[str, Tensor]) -> Points:
+    def _said(self, view: PolicyView, apexes: Points, examples: Mapping[str, Tensor]) -> Points:
         """Apexes with those of nodes pointing to their example texts that find these better so."""
+        table = NodeTable(view.all_active())
         ordinary = self.reference.get("text", torch.empty(0, self.encoder.dim))
         new = self._new_leaves(table)
         turned = {}
@@ -339,6 +340,11 @@ class SafetyModel:
             )  # fmt: skip
             if tangent is not None:
                 turned[row] = tangent
+            else:
+                log.warning(
+                    "node %s: its words find its example texts better than these find one another, so texts "
+                    "are judged by the words.", node,
+                )  # fmt: skip
         return _turned(apexes, turned)
 
     def _new_leaves(self, table: NodeTable) -> Tensor:

@@ -22,7 +22,7 @@ from hysafe.geometry import Points
 from hysafe.guard.naming import Naming
 from hysafe.guard.rewards import token_f1
 from hysafe.taxonomy import Policy, PolicyView, Taxonomy
-from hysafe.taxonomy.policy import Example, example_of, is_example
+from hysafe.taxonomy.policy import Example, example_of, is_example, read_example_texts
 from hysafe.taxonomy.reading import parse_yaml, read_text
 
 __all__ = [
@@ -316,6 +316,10 @@ def _read(data: Any, origin: str) -> Proposal:
     for needed in ("name", "parent", "definition"):
         if not isinstance(rule.get(needed), str) or not rule[needed].strip():
             raise ConfigError(f"{origin}: proposal {key}: no `{needed}`. Write it as text.")
+    read_example_texts(
+        rule.get("example_texts"),
+        lambda problem, remedy: ConfigError(f"{origin}: proposal {key}: {problem}. {remedy}"),
+    )
     pictures = data.get("pictures") or []
     if not isinstance(pictures, list) or not all(map(is_example, pictures)):
         raise ConfigError(

@@ -23,19 +23,19 @@ import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from hysafe.errors import ConfigError, TaxonomyError
+from hysafe.errors import ConfigError, HysafeError, TaxonomyError
 from hysafe.taxonomy.reading import parse_yaml, read_text
 from hysafe.taxonomy.tree import Kind, Node, Taxonomy
 
 __all__ = [
     *("DEFAULT_THRESHOLD", "MAX_EXAMPLES", "SENSITIVE_THRESHOLD", "Example", "NodeRule", "Policy"),
     "MAX_EXAMPLE_LENGTH",
-    *("example_of", "is_example"),
+    *("distinct_texts", "example_of", "is_example", "read_example_texts"),
     *("PolicyView", "ReviewBand"),
 ]
 
@@ -391,19 +391,6 @@ def _rule(node_id: str, value: Any, origin: str, folder: pathlib.Path) -> NodeRu
         raise fail("`examples` is no list of files", "Write [picture.jpg, picture.png].")
     if len(examples) > MAX_EXAMPLES:
         raise fail(f"{len(examples)} examples", f"Keep the best {MAX_EXAMPLES} or fewer.")
-    texts = value.get("example_texts") or []
-    if not isinstance(texts, list) or not all(map(_is_text, texts)):
-        raise fail("`example_texts` is no list of texts", "Write [one text, another], in quotes.")
-    if len(set(texts)) == 1:
-        raise fail("one example text", "Give two or more: each is judged by the others.")
-    if len(texts) > MAX_EXAMPLES:
-        raise fail(f"{len(texts)} example texts", f"Keep the best {MAX_EXAMPLES} or fewer.")
-    for place, text in enumerate(texts, 1):
-        if len(text) > MAX_EXAMPLE_LENGTH:
-            raise fail(
-                f"example text {place} has {len(text):,} characters",
-                f"Keep the part that shows what is meant, {MAX_EXAMPLE_LENGTH:,} or fewer.",
-            )
     return NodeRule(
         status,
         threshold,
@@ -412,8 +399,43 @@ def _rule(node_id: str, value: Any, origin: str, folder: pathlib.Path) -> NodeRu
         value.get("definition"),
         tuple(synonyms),
         tuple(example_of(e, f"{origin}: node {node_id}", folder) for e in examples),
-        tuple(texts),
+        read_example_texts(value.get("example_texts"), fail),
     )
+
+
+def read_example_texts(value: Any, fail: Callable[[str, str], HysafeError]) -> tuple[str, ...]:
+    """Example texts as a policy file gives them.
+
+    Args:
+        fail: the error of a problem and its remedy.
+    """
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise fail("`example_texts` is no list", "Write one text a line, each after `- `.")
+    for place, text in enumerate(value, 1):
+        if not _is_text(text):
+            raise fail(f"example text {place} is {text!r}", "Write it as text, in quotes.")
+        if len(text) > MAX_EXAMPLE_LENGTH:
+            raise fail(
+                f"example text {place} has {len(text):,} characters",
+                f"Keep the part that shows what is meant, {MAX_EXAMPLE_LENGTH:,} or fewer.",
+            )
+        if any(0xD800 <= ord(c) < 0xE000 for c in text):
+            raise fail(f"example text {place} has half a character", "Write it anew.")
+    if len(value) > MAX_EXAMPLES:
+        raise fail(f"{len(value)} example texts", f"Keep the best {MAX_EXAMPLES} or fewer.")
+    if len(distinct_texts(value)) == 1:
+        raise fail("one example text", "Give two or more: each is judged by the others.")
+    return tuple(value)
+
+
+def distinct_texts(texts: Iterable[str]) -> list[str]:
+    """Texts that differ in more than capitals and spaces, the first of each."""
+    found: dict[str, str] = {}
+    for text in texts:
+        found.setdefault(" ".join(text.lower().split()), text)
+    return list(found.values())
 
 
 def example_of(value: str | Mapping[str, str], where: str, folder: pathlib.Path) -> Example:

@@ -200,6 +200,13 @@ def test_pictures_and_texts_are_never_in_one_cluster(
     assert sum(p.size for p in bounded.proposals) <= 9
 
 
+def test_texts_that_were_read_in_parts_are_no_examples() -> None:
+    found = app._Novel(texts=["a", "b", "A ", "c"], whole=[True, False, True, True])
+    assert app._texts(found, np.arange(4)) == ["a", "c"]
+    assert app._texts(found, np.array([0, 1, 2])) == []
+    assert app._texts(found, np.array([1])) == []
+
+
 def test_the_space_is_whitened_by_what_is_not_novel(
     mixed: Path, tiny_model: SafetyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

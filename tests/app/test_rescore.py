@@ -12,6 +12,7 @@ from typing import Any
 import lancedb
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from hysafe.app import pipeline
@@ -612,6 +613,27 @@ def test_a_node_with_example_texts_keeps_its_aperture_and_leaves_the_others(
     assert same.sum() == len(same) - 1
     assert not same[row]
     assert placed.shown is placed.apexes
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"status": "non_violating"}, {"parent": "S", "threshold": None}],
+    ids=["off", "background"],
+)
+def test_example_texts_tell_what_a_node_means_whether_it_counts_or_not(
+    model: SafetyModel, settings: dict[str, Any]
+) -> None:
+    placed = model._placed(model.view(said(*FLAGS, **settings)))
+    row = placed.table.index["x.1"]
+    assert not torch.equal(placed.said.space[row], placed.apexes.space[row])
+
+
+def test_words_that_stay_are_said(model: SafetyModel, caplog: pytest.LogCaptureFixture) -> None:
+    policy = said("red flags", "blue soup of seven beans")
+    placed = model._placed(model.view(policy))
+    row = placed.table.index["x.1"]
+    stay = torch.equal(placed.said.space[row], placed.apexes.space[row])
+    assert ("texts are judged by the words" in caplog.text) == stay
 
 
 def test_a_rescore_with_example_texts_is_a_scan_with_them_and_encodes_them_once(

@@ -226,3 +226,12 @@ def test_only_what_was_accepted_is_taken(view: PolicyView) -> None:
     wrong = a_proposal(view, 1, parent="D99")
     with pytest.raises(TaxonomyError, match="unknown parent 'D99'"):
         accepted_policy([wrong], Policy(), TAXONOMY, only=[1])
+
+
+def test_example_texts_that_are_not_two_are_named_with_their_proposal(tmp_path: Path) -> None:
+    path = tmp_path / "proposals.yaml"
+    head = "proposals: [{key: 7, name: n, parent: D6, definition: d, example_texts: "
+    for given, problem in (("[one]", "one example text"), ("3", "`example_texts` is no list")):
+        path.write_text(f"{head}{given}}}]")
+        with pytest.raises(ConfigError, match=rf"proposals\.yaml: proposal 7: {problem}"):
+            read_proposals(path)

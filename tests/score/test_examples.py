@@ -93,6 +93,24 @@ def test_without_ordinary_texts_it_still_chooses(placed: Any) -> None:
     assert told(placed, examples, ordinary=torch.empty(0, D)) is not None
 
 
+@pytest.mark.parametrize("parent", ["S", "6.1"])
+def test_a_background_node_and_a_concept_take_examples_too(taxonomy: Taxonomy, parent: str) -> None:
+    rule = {"parent": parent, "name": "Laser pointers", "definition": "Laser pointers."}
+    table = NodeTable(Policy.from_dict({"nodes": {"x.1": rule}}).apply(taxonomy))
+    directions = torch.randn(len(table.ids), D, generator=torch.Generator().manual_seed(0)).double()
+    apexes = Points.from_tangent(F.normalize(directions, dim=-1) * 0.7, C)
+    row = table.index["x.1"]
+    examples = around(-directions[row], 5, 0.1, 6)
+    new = torch.tensor([n == "x.1" for n in table.leaf_ids])
+    found = example_tangent(row, examples, ordinary(), apexes, table, new, FIT, scale=SCALE)
+    assert found is not None
+
+
+def test_one_point_twice_says_nothing(placed: Any) -> None:
+    _, apexes, row, _ = placed
+    assert told(placed, around(-apexes.tangent()[row], 1, 0.1, 7).repeat(3, 1)) is None
+
+
 def test_what_the_caller_has_is_left_alone(placed: Any) -> None:
     _, apexes, row, _ = placed
     before = apexes.space.clone()

@@ -435,10 +435,12 @@ def test_example_texts_are_written_down_and_read_again() -> None:
 @pytest.mark.parametrize(
     ("texts", "problem"),
     [
-        ("a laser", "`example_texts` is no list of texts"),
-        ([1], "`example_texts` is no list of texts"),
-        ([" "], "`example_texts` is no list of texts"),
-        (["a laser", "a laser"], "one example text"),
+        ("a laser", "`example_texts` is no list"),
+        (False, "`example_texts` is no list"),
+        ([1], "example text 1 is 1"),
+        (["a", " "], "example text 2 is ' '"),
+        (["a laser", "A  laser "], "one example text"),
+        (["a", "b\ud800"], "example text 2 has half a character"),
         ([f"a {i}" for i in range(MAX_EXAMPLES + 1)], f"{MAX_EXAMPLES + 1} example texts"),
         (["a", "b" * (MAX_EXAMPLE_LENGTH + 1)], "example text 2 has 2,001 characters"),
     ],
