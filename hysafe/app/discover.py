@@ -151,8 +151,8 @@ def discover(
             drafts.append((channel, found, vectors, cluster))
     drafts.sort(key=lambda d: -len(d[3].members))
     proposals = []
-    _, apexes = model.place(view)
     placed = model._placed(view)
+    apexes = placed.apexes
     for key, (channel, found, vectors, cluster) in enumerate(drafts, 1):
         named = cluster.members[:NAMED]
         names = who.name(
@@ -250,7 +250,7 @@ def _spread(members: np.ndarray) -> np.ndarray:
 def _texts(found: _Novel, members: np.ndarray) -> list[str]:
     """Texts of members of a cluster, each once; of long ones a part was compared, which is not told apart."""
     whole = members[[found.whole[k] for k in members]]
-    every = (found.texts[k].strip() for k in (_spread(whole) if len(whole) else whole))
+    every = (found.texts[k].strip() for k in _spread(whole))
     texts = [t for t in distinct_texts(every) if 0 < len(t) <= MAX_EXAMPLE_LENGTH]
     return texts if len(texts) > 1 else []
 

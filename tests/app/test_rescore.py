@@ -508,22 +508,36 @@ def test_a_node_with_examples_keeps_its_aperture_and_leaves_the_others(
     assert not same[row]
 
 
-def test_a_rescore_with_examples_is_a_scan_with_them_and_loads_the_towers_once(
-    small_scan: Path, tmp_path: Path, tiny_model: SafetyModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache = tmp_path / "cache"
+@pytest.fixture
+def cache(tmp_path: Path, tiny_model: SafetyModel, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the model's cache, in use."""
+    folder = tmp_path / "cache"
     assert tiny_model._cache is not None
-    shutil.copytree(tiny_model._cache, cache)
-    monkeypatch.setattr(pipeline, "_cache_folder", lambda: cache)
+    shutil.copytree(tiny_model._cache, folder)
+    monkeypatch.setattr(pipeline, "_cache_folder", lambda: folder)
+    return folder
+
+
+def scan_and_rescore(
+    source: Path, policy: Policy, folder: Path, model: SafetyModel, cache: Path
+) -> dict[str, Path]:
+    """One file scanned under a policy, and without it and rescored under it, which encodes the examples."""
+    out = {name: folder / name for name in ("scan", "plain", "again", "third")}
+    for name, under in (("scan", policy), ("plain", None)):
+        scan([str(source)], out[name], model, policy=under, report=False,
+             options=ScanOptions(8, 0))  # fmt: skip
+    shutil.rmtree(cache / f"examples-{model.encoder.hash()}", ignore_errors=True)
+    collection = Collection.open(out["plain"])
+    assert rescore(collection, model_of(collection), policy, out=out["again"]).encoded
+    return out
+
+
+def test_a_rescore_with_examples_is_a_scan_with_them_and_loads_the_towers_once(
+    small_scan: Path, tmp_path: Path, tiny_model: SafetyModel, cache: Path
+) -> None:
     (tmp_path / "in.png").write_bytes(png((210, 40, 40)))
     policy = shown(tmp_path, (220, 30, 20), (90, 200, 90))
-    out = {name: tmp_path / name for name in ("scan", "plain", "again", "third")}
-    for name, under in (("scan", policy), ("plain", None)):
-        scan([str(tmp_path / "in.png")], out[name], tiny_model, policy=under, report=False,
-             options=ScanOptions(8, 0))  # fmt: skip
-    collection = Collection.open(out["plain"])
-    shutil.rmtree(cache / f"examples-{tiny_model.encoder.hash()}", ignore_errors=True)
-    assert rescore(collection, model_of(collection), policy, out=out["again"]).encoded
+    out = scan_and_rescore(tmp_path / "in.png", policy, tmp_path, tiny_model, cache)
     stored = sorted(cache.glob("examples-*/*.safetensors"))
     assert [p.stem for p in stored] == list(policy.rules["x.1"].example_hashes())
     for file in tmp_path.glob("[01].png"):  # known by their content: not read again
@@ -637,21 +651,11 @@ def test_words_that_stay_are_said(model: SafetyModel, caplog: pytest.LogCaptureF
 
 
 def test_a_rescore_with_example_texts_is_a_scan_with_them_and_encodes_them_once(
-    small_scan: Path, tmp_path: Path, tiny_model: SafetyModel, monkeypatch: pytest.MonkeyPatch
+    small_scan: Path, tmp_path: Path, tiny_model: SafetyModel, cache: Path
 ) -> None:
-    cache = tmp_path / "cache"
-    assert tiny_model._cache is not None
-    shutil.copytree(tiny_model._cache, cache)
-    monkeypatch.setattr(pipeline, "_cache_folder", lambda: cache)
     (tmp_path / "in.jsonl").write_text('{"text": "red flags in the harbour"}\n')
     policy = said(*FLAGS)
-    out = {name: tmp_path / name for name in ("scan", "plain", "again", "third")}
-    for name, under in (("scan", policy), ("plain", None)):
-        scan([str(tmp_path / "in.jsonl")], out[name], tiny_model, policy=under, report=False,
-             options=ScanOptions(8, 0))  # fmt: skip
-    collection = Collection.open(out["plain"])
-    shutil.rmtree(cache / f"examples-{tiny_model.encoder.hash()}", ignore_errors=True)
-    assert rescore(collection, model_of(collection), policy, out=out["again"]).encoded
+    out = scan_and_rescore(tmp_path / "in.jsonl", policy, tmp_path, tiny_model, cache)
     assert len(list(cache.glob("examples-*/*.safetensors"))) == len(FLAGS)
     made = Collection.open(out["again"])
     kept = stored_policy(made.meta)
